@@ -1,0 +1,77 @@
+"""Networks by name: a part's name or variant (``resnet20``), with options, or any timm model as ``timm/NAME``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from convince import parts
+from convince.errors import Mistake, nearest
+
+
+def names() -> list[str]:
+    """Every backbone and every variant of one."""
+    return [n for row in parts.find() if isinstance(row, parts.Part) and row.card.kind == "backbone" for n in (row.name, *row.card.variants)]
+
+
+def card_of(spec: str) -> parts.Card | None:
+    """The card behind a model's name, or None for ``timm/NAME``."""
+    return None if spec.startswith("timm/") else _find(parts.parse(spec)[0])[0].card
+
+
+def builder(spec: str, *, num_classes: int, in_chans: int, size: tuple[int, ...]) -> Callable[[], nn.Module]:
+    """A call that builds the network, random weights drawn from the global state.
+
+    ``size`` is (rows, columns) of an image, empty for a table. A network that cannot take the
+    input is refused in words, here or when it is built.
+    """
+    name, options = parts.parse(spec)
+    if name.startswith("timm/"):
+        return _timm(name.removeprefix("timm/"), {"num_classes": num_classes, "in_chans": in_chans, **options}, size)
+    part, variant = _find(name)
+    accepted = part.card.accepts or ("image",)
+    given = "image" if size else "table"
+    if given not in accepted:
+        raise Mistake(f"--model {name} accepts {' or '.join(accepted)} input, and this data is a {given}; choose another model")
+    parts.check_options(part, options)
+    fixed: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    made = part.load()
+    if "img_size" in inspect.signature(made).parameters:
+        fixed["img_size"] = size
+    return lambda: made(**{**fixed, **variant, **options})
+
+
+def _find(name: str) -> tuple[parts.Part, dict[str, Any]]:
+    for row in parts.find():
+        if isinstance(row, parts.Part) and row.card.kind == "backbone":
+            if parts.plain(row.name) == parts.plain(name):
+                return row, {}
+            for variant, options in row.card.variants.items():
+                if parts.plain(variant) == parts.plain(name):
+                    return row, options
+    known = names()
+    raise Mistake(f"--model {name}: no network of that name{nearest(name, known)} Known: {', '.join(known)}, or timm/NAME")
+
+
+def _timm(name: str, options: dict[str, Any], size: tuple[int, ...]) -> Callable[[], nn.Module]:
+    import timm
+
+    if not size:
+        raise Mistake(f"--model timm/{name} accepts images, and this data is a table; use --model mlp")
+    if not timm.is_model(name):
+        raise Mistake(f"--model timm/{name}: timm {timm.__version__} has no such model{nearest(name, timm.list_models())}")
+
+    def build() -> nn.Module:
+        try:
+            return timm.create_model(name, pretrained=False, img_size=size, **options)
+        except TypeError:
+            pass
+        try:
+            return timm.create_model(name, pretrained=False, **options)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise Mistake(f"--model timm/{name}: cannot be built for {size[0]}x{size[1]} pixels with {options}: {error}") from error
+
+    return build

@@ -1,0 +1,1 @@
+"""The one training loop, its hooks and slots, state and checkpoints, precision, several processes."""

@@ -1,0 +1,194 @@
+"""The main job: settings and data in, a trained answer (and, with a folder, a run on disk) out."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convince.backbones import builder, card_of
+from convince.data import Data
+from convince.errors import Mistake
+from convince.fit import folder as disk
+from convince.fit import precision, processes
+from convince.fit.adapters import is_off, seat
+from convince.fit.answer import Scores
+from convince.fit.loop import Progress, fit
+from convince.fit.record import Record
+from convince.fit.run import Run
+from convince.fit.settings import Settings
+from convince.fit.technique import Team
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Trained:
+    """A finished training: the answer, its scores on the test part, and what it cost."""
+
+    settings: Settings
+    data: Data
+    run: Run
+    answer: nn.Module
+    test: Scores | None
+    seconds: dict[str, float]
+    peak_bytes: int
+    notes: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        return disk.weights_sha256(self.answer)
+
+    def summary(self) -> dict[str, Any]:
+        """The JSON object of ``convince train --json``."""
+        train = self.seconds["train"]
+        return {
+            "run": None if self.folder is None else str(self.folder),
+            "model": self.settings.model,
+            "parts": list(self.settings.parts),
+            "test": None if self.test is None else self.test.summary(),
+            "seconds": self.seconds,
+            "samples_per_second": self.run.images / train if train else 0.0,
+            "images": self.run.images,
+            "peak_bytes": self.peak_bytes,
+            "precision": self.run.plan.precision,
+            "epochs": self.settings.epochs,
+            "notes": self.notes,
+            "skipped": [{"file": s.file, "reason": s.reason} for s in self.data.skipped],
+            "duplicates": len(self.data.duplicates),
+            "weights_sha256": self.weights_sha256,
+        }
+
+
+def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
+    """Fill in what was left to the data, and say in a sentence each why."""
+    notes, changes = [], {}
+    n = len(data.split.train)
+    image = data.preprocess.kind == "image"
+    side = min(data.preprocess.size) if image else 0
+    if settings.model is None:
+        changes["model"] = default_model(data.preprocess.kind, side, n)
+        shape = f"{data.preprocess.size[0]}x{data.preprocess.size[1]} pixels" if image else "a table"
+        notes.append(f"model {changes['model']}: for {shape} and {n} training samples")
+    if settings.batch is None:
+        changes["batch"] = 128 if n >= 4000 else 64 if n >= 500 else max(min(32, n // 4), 2)
+        notes.append(f"batch {changes['batch']}: for {n} training samples")
+    if settings.epochs is None and settings.steps is None and settings.minutes is None:
+        seen = 60_000 if side <= 48 else 48_000
+        changes["epochs"] = min(max(round(seen / max(n, 1)), 12), 40 if image else 200)
+        notes.append(f"epochs {changes['epochs']}: about {seen:,} images, between 12 and 40 passes")
+    batch = changes.get("batch", settings.batch)
+    if settings.steps is not None:
+        changes["epochs"] = math.ceil(settings.steps / max(n // batch, 1))
+    if settings.augment == "auto":
+        kind = "none" if not image else "flip-crop" if data.preprocess.channels == 3 and side > 16 else "crop"
+        changes["augment"] = kind
+        if image:
+            notes.append(f"augment {kind}: {'colour images are mirrored and shifted' if kind == 'flip-crop' else 'grey images are shifted, not mirrored'}")
+    augment = changes.get("augment", settings.augment)
+    named = [spec.split(":")[0] for spec in settings.parts]
+    if augment != "none" and image and "flip-crop" not in named:
+        changes["parts"] = (*settings.parts, "flip-crop" if augment == "flip-crop" else "flip-crop:flip=0.0")
+    return settings.updated(**changes), notes
+
+
+def default_model(kind: str, side: int, n: int) -> str:
+    """A small network that suits the input: by its kind, its shorter side in pixels, and the number of samples."""
+    if kind != "image":
+        return "mlp"
+    if side > 48:
+        return "resnet18-slim"
+    return "resnet8" if n < 300 else "resnet20"
+
+
+def prepare(settings: Settings, data: Data, *, record: Record | None = None, drop_off: bool = True) -> Run:
+    """A run that has not started: parts seated, network and plan chosen. Conflicts are refused here."""
+    if settings.model is None or settings.batch is None:
+        raise ValueError("settings must be resolved before a run is prepared")
+    if not len(data.split.train):
+        raise Mistake(f"{data.origin}: no training samples are left after splitting; give more data or a smaller --val and --test")
+    seats = [seat(spec) for spec in settings.parts]
+    gives = ["logits", "images" if data.preprocess.kind == "image" else "table"]
+    if bool((data.y >= 0).any()):
+        gives.append("labels")
+    gives += list(data.extra)
+    team = Team([made for made in seats if not (drop_off and is_off(made))], gives=tuple(gives))
+    plan = precision.choose(settings.precision, data.preprocess.kind)
+    build = builder(settings.model, num_classes=data.k, in_chans=data.preprocess.channels, size=data.preprocess.size)
+    card_of(settings.model)
+    return Run(settings, data, team, build, plan, processes.world(), record)
+
+
+def train(
+    settings: Settings, data: Data, *, folder: Path | None = None, progress: Progress | None = None, began: float | None = None
+) -> Trained:
+    """Train, score on the test part, and with ``folder`` write the run; goes on from a checkpoint there.
+
+    ``settings`` may leave choices open; what was chosen is in the result's ``notes``. Global random
+    state and the inputs are left as found.
+    """
+    began = time.monotonic() if began is None else began
+    settings, notes = resolve(settings, data)
+    if settings.minutes is not None and settings.steps is None:
+        settings, note = pilot(settings, data)
+        notes.append(note)
+    world = processes.world()
+    if folder is not None and world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.write_config(folder, settings)
+    run = prepare(settings, data, record=Record(folder if world.rank == 0 else None))
+    notes.append(f"precision {run.plan.precision}: {run.plan.reason}")
+    checkpoint = None if folder is None else folder / CHECKPOINT
+    start = time.monotonic()
+    fit(run, checkpoint, progress)
+    trained = time.monotonic()
+    test = run.evaluate("test") if len(data.split.test) else None
+    answer = run.answer.eval()
+    seconds = {"total": time.monotonic() - began, "train": trained - start, "evaluate": time.monotonic() - trained}
+    result = Trained(settings, data, run, answer, test, seconds, peak_bytes(), notes, folder)
+    if folder is not None and world.rank == 0:
+        disk.write_model(folder, run)
+    return result
+
+
+def pilot(settings: Settings, data: Data) -> tuple[Settings, str]:
+    """Turn minutes into steps by timing a few, before step 0; the run that follows starts anew.
+
+    Bits are promised for steps, not for seconds, so the number found is written to the config.
+    """
+    assert settings.minutes is not None and settings.batch is not None
+    budget = settings.minutes * 60 * 0.92  # the rest: loading, evaluation, the report
+    n = len(data.split.train)
+    per_epoch = max(n // settings.batch, 1)
+    marks: list[float] = []
+
+    def tick(done: int, total: int, line: str) -> None:
+        marks.append(time.monotonic())
+
+    trial = settings.updated(minutes=None, steps=min(12, per_epoch), epochs=1)
+    run = prepare(trial, data)
+    start = time.monotonic()
+    fit(run, None, tick)
+    whole = time.monotonic() - start
+    counted = marks[len(marks) // 3 :]
+    second = (counted[-1] - counted[0]) / max(len(counted) - 1, 1) if len(counted) > 1 else whole
+    outside = max(whole - (marks[-1] - start), 0.0)  # evaluation and closing work of one epoch
+    steps = int(budget / (second + outside / per_epoch))
+    if steps < 1:
+        raise Mistake(f"--minutes {settings.minutes:g}: one step takes {second:.1f} s here; give more minutes or a smaller --model or --size")
+    epochs = math.ceil(steps / per_epoch)
+    note = f"{settings.minutes:g} minutes: {steps} steps ({epochs} epochs), from a pilot at {second * 1000:.0f} ms a step"
+    return settings.updated(minutes=None, steps=steps, epochs=epochs), note
+
+
+def peak_bytes() -> int:
+    """The largest memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
