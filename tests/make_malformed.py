@@ -200,7 +200,7 @@ def colours() -> Iterator[Odd]:
     yield Odd("rgba.webp", encoded(alpha, "WEBP"), "ok")
     yield Odd("rgba.tif", encoded(alpha, "TIFF"), "ok")
     yield Odd("grey-alpha.png", encoded(alpha.convert("LA"), "PNG"), "ok")
-    deep = Image.fromarray((picture(channels=1).astype(np.uint16) * 257))
+    deep = Image.fromarray(picture(channels=1).astype(np.uint16) * 257)
     yield Odd("grey-16.png", encoded(deep, "PNG"), "ok")
     yield Odd("grey-16.tif", encoded(deep, "TIFF"), "ok")
     body = b"".join(b"\0" + np.arange(i, i + 18, dtype=">u2").tobytes() for i in range(6))
@@ -245,7 +245,9 @@ def turned() -> Iterator[Odd]:
             yield Odd(f"exif-{turn}.png", encoded(picture(), "PNG", exif=exif), "ok")
             yield Odd(f"exif-{turn}.webp", encoded(picture(), "WEBP", exif=exif), "ok")
             yield Odd(f"exif-{turn}.tif", encoded(picture(), "TIFF", exif=exif), "ok")
-    for number, junk in enumerate((b"Exif\0\0junk", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff")):
+    for number, junk in enumerate(
+        (b"Exif\0\0junk", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    ):
         yield Odd(f"exif-damaged-{number}.jpg", encoded(picture(), "JPEG", exif=junk), "ok")
 
 
@@ -254,7 +256,7 @@ def named() -> Iterator[Odd]:
     raw = encoded(picture(8, 8), "PNG")
     for name in (
         "two\nlines.png", "tab\there.png", "grüße ŝ.png", "猫.png", "🐈.png", "a" * 240 + ".png", "-dash.png", "--help",
-        "quote\"'.png", "semi;comma,.png", "%s%d.png", "$(echo).png", "back\\slash.png", "*.png", " lead.png", "trail .png",
+        "quote\"'.png", "semi;comma,.png", "%s%d.png", "$(echo).png", "back\\slash.png", "*.png", " lead.png", "trail .png",  # noqa: E501
     ):  # fmt: skip
         yield Odd(name, raw, "ok")
     for name in (".hidden.png", ".DS_Store", "Thumbs.db", "desktop.ini"):

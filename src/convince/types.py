@@ -43,7 +43,8 @@ class Stage:
 
     ``index``: rows of the pool to train on (None: the training part); ``targets`` [N k] replace
     the labels; ``objective(run, out, batch)`` the loss; ``trainable(name)`` says which
-    parameters move; ``steps`` ends the stage early, counted over all its epochs.
+    parameters move; ``steps`` ends the stage early, counted over all its epochs; ``lr`` and
+    ``schedule`` ("cosine", "constant") replace the optimiser's and the settings' in this stage.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Stage:
     guests: bool = True
     steps: int | None = None
     lr: float | None = None
+    schedule: str | None = None
     owner: Any = None  # filled in by the loop
 
 

@@ -43,7 +43,8 @@ def _from_frame(x: Any, y: Any, group: Any, origin: str) -> tuple[Any, Any, Any]
 
     def pick(what: str, word: str) -> Any:
         if word not in columns:
-            raise Mistake(f"{origin}: no column {word!r} for {what}{nearest(word, columns)} Columns: {', '.join(columns)}")
+            have = ", ".join(columns)
+            raise Mistake(f"{origin}: no column {word!r} for {what}{nearest(word, columns)} Columns: {have}")
         return x[word].to_numpy()
 
     drop = [word for word in (y, group) if isinstance(word, str)]
@@ -149,9 +150,7 @@ def labels(y: Any, n: int, origin: str, classes: Sequence[str] | None = None) ->
     return _from_numbers(array.astype(np.int64), origin, classes)
 
 
-def _from_words(
-    array: np.ndarray, origin: str, classes: Sequence[str] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _from_words(array: np.ndarray, origin: str, classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     def word(value: Any) -> str | None:
         if value is None or value != value:
             return None
@@ -171,14 +170,12 @@ def _from_words(
     return place[numbers], tuple(classes)
 
 
-def _from_numbers(
-    values: np.ndarray, origin: str, classes: Sequence[str] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _from_numbers(values: np.ndarray, origin: str, classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     if len(values) and values.min() < -1:
-        raise Mistake(f"{origin}: label {values.min()} is below -1; classes count from 0 and -1 means unlabelled")
+        raise Mistake(f"{origin}: label {values.min()} is below -1; classes count from 0, and -1 means unlabelled")
     if classes is not None:
         if len(values) and values.max() >= len(classes):
-            raise Mistake(f"{origin}: label {values.max()} has no name; there are {len(classes)} classes, counted from 0")
+            raise Mistake(f"{origin}: label {values.max()} has no name; classes has {len(classes)}, from 0")
         return values, tuple(classes)
     known = np.unique(values[values >= 0])
     numbers = np.where(values >= 0, np.searchsorted(known, values), -1).astype(np.int64)
@@ -262,7 +259,7 @@ def from_dataset(dataset: Any, origin: str, size: tuple[int, int] | None, fit: s
         xs = list(_from_pictures(xs, size, fit))
     shapes = {tuple(np.shape(x)) for x in xs}
     if len(shapes) > 1:
-        raise Mistake(f"{origin}: samples have different shapes {sorted(shapes)[:3]}; resize them, or hand over PIL images")
+        raise Mistake(f"{origin}: samples differ in shape, {sorted(shapes)[:3]}; resize them, or give PIL images")
     x = torch.stack(xs) if isinstance(xs[0], Tensor) else np.stack(xs)
     return from_arrays(x, ys, origin, group, classes)
 
@@ -280,12 +277,10 @@ def _from_pictures(images: list[Any], size: tuple[int, int] | None, fit: str) ->
 
 @contextlib.contextmanager
 def _random_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
-
-
+            np.random.set_state(numpy)  # noqa: NPY002

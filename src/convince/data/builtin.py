@@ -74,7 +74,7 @@ def from_npz(path: Path, origin: str, cache: Path, group: Any = None) -> Found:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except PermissionError:
         raise
@@ -119,7 +119,7 @@ def from_idx(folder: Path, origin: str, classes: tuple[str, ...] | None = None) 
 def read_idx(path: Path) -> np.ndarray:
     """One idx file as an array; a Mistake where its header and its length disagree."""
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise Mistake(f"{path}: cannot be read ({error}); fetch it again") from None
     kind = _IDX_TYPES.get(raw[2]) if len(raw) >= 4 and raw[:2] == b"\0\0" else None

@@ -70,15 +70,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write named arrays to one ``.npz`` file, whole or not at all; a full or closed disk is no error."""
-    with contextlib.suppress(OSError), replacing(path) as temporary:
-        with open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError), replacing(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """What :func:`store_arrays` wrote, or None where there is nothing or it is damaged (zip checks sums)."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
         os.utime(path)
         return found

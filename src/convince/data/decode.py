@@ -76,6 +76,16 @@ _STARTS = {
     b"8BPS": "a Photoshop file",
 }
 
+_SIGNS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"RIFF": "WEBP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -102,7 +112,7 @@ def decode(
     """
     check_fit(fit)
     rows, columns = size
-    with _reading(source) as im:
+    with _reading(source, limit_pixels) as im:
         full = _check_header(im, limit_pixels)
         im.draft(None, _wanted(full, size))
         im.load()
@@ -120,7 +130,7 @@ def decode(
 
 def look(source: str | Path | bytes, limit_pixels: int = LIMIT_PIXELS) -> tuple[tuple[int, int], bool]:
     """(rows, columns) as a person sees the image, and whether it is grey: no pixel has unequal channels."""
-    with _reading(source) as im:
+    with _reading(source, limit_pixels) as im:
         full = _check_header(im, limit_pixels)
         im.draft(None, (128, 128))
         im.load()
@@ -148,7 +158,7 @@ def refit(pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], fit: str) -
 
 
 @contextlib.contextmanager
-def _reading(source: str | Path | bytes) -> Iterator[Image.Image]:
+def _reading(source: str | Path | bytes, limit_pixels: int) -> Iterator[Image.Image]:
     """The opened image; every way in which reading can fail becomes :class:`Unreadable`."""
     name = "bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -158,9 +168,11 @@ def _reading(source: str | Path | bytes) -> Iterator[Image.Image]:
     except Unreadable as error:
         raise Unreadable(name, error.reason) from None
     except UnidentifiedImageError:
-        raise Unreadable(name, f"no image in an allowed format ({' '.join(FORMATS)}): {_looks_like(raw)}") from None
-    except Image.DecompressionBombError as error:
-        raise Unreadable(name, f"too large: {error}") from None
+        raise Unreadable(name, _foreign(raw)) from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit, some 179 megapixels
+        number = re.search(r"\d+", str(error))
+        text = f"too large: {number.group() if number else 'too many'} pixels, allowed are {limit_pixels} in all"
+        raise Unreadable(name, text) from None
     except Exception as error:  # the decoders raise some twenty kinds on damaged input
         text = re.sub(r"<[^>]*>", "the file", str(error)).strip().split("\n")[0][:160]
         raise Unreadable(name, f"damaged: {text or type(error).__name__}") from None
@@ -181,6 +193,8 @@ def read_bytes(path: str | Path) -> bytes:
             raise Unreadable(name, f"too large: {info.st_size} bytes, allowed are {LIMIT_BYTES}")
         with open(path, "rb") as stream:
             return stream.read()
+    except Unreadable:
+        raise
     except FileNotFoundError:
         raise Unreadable(name, "a broken link" if os.path.islink(path) else "no such file") from None
     except PermissionError:
@@ -190,6 +204,14 @@ def read_bytes(path: str | Path) -> bytes:
         raise Unreadable(name, reason) from None
     except ValueError as error:  # a zero byte in the path
         raise Unreadable(name, str(error)) from None
+
+
+def _foreign(raw: bytes) -> str:
+    """Why these bytes were not taken for an image."""
+    for sign, kind in _SIGNS.items():
+        if raw.startswith(sign) and (kind != "WEBP" or raw[8:12] == b"WEBP"):
+            return f"damaged: it starts as {kind}, and its header cannot be read"
+    return f"no image in an allowed format ({' '.join(FORMATS)}): {_looks_like(raw)}"
 
 
 def _looks_like(raw: bytes) -> str:
@@ -281,9 +303,7 @@ def _wanted(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return side, side
 
 
-def _plan(
-    full: tuple[int, int], size: tuple[int, int], fit: str
-) -> tuple[tuple[float, float], tuple[int, int]]:
+def _plan(full: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[tuple[float, float], tuple[int, int]]:
     """What to cut from the centre of ``full`` and what to scale it to, all as (rows, columns)."""
     (h, w), (rows, columns) = full, size
     if fit == "stretch":

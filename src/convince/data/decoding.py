@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +103,9 @@ def decode_set(
     base = folder / f"set-{disk.cache_key('set', key, pre.channels, list(pre.size), pre.fit, limit_pixels)}"
     storable = disk.room_on_disk(folder, need) and (disk_bytes is None or need <= disk_bytes)
     in_memory = need <= memory_bytes
-    stored = _stored(base, in_memory) if in_memory or storable else _stored_pass(base, files, pre, limit_pixels, workers)
+    stored = (
+        _stored(base, in_memory) if in_memory or storable else _stored_pass(base, files, pre, limit_pixels, workers)
+    )
     if stored is not None:
         if progress is not None:
             progress(len(files), len(files))
@@ -126,9 +127,7 @@ def decode_set(
 Piece = tuple[list[int], Tensor, dict[int, str], Tensor, np.ndarray]
 
 
-def _pieces(
-    files: Sequence[Path], pre: Preprocess, limit_pixels: int, progress: Progress | None
-) -> Iterator[Piece]:
+def _pieces(files: Sequence[Path], pre: Preprocess, limit_pixels: int, progress: Progress | None) -> Iterator[Piece]:
     """Groups of files in order: places that worked, their pixels, reasons of those that did not, sums, hashes."""
 
     def work(start: int) -> Piece:
@@ -266,9 +265,7 @@ def _stored(base: Path, in_memory: bool) -> Decoded | None:
     return Decoded(store, found["rows"], reasons, torch.from_numpy(found["sums"]), found["hashes"])
 
 
-def _stored_pass(
-    base: Path, files: Sequence[Path], pre: Preprocess, limit_pixels: int, workers: int
-) -> Decoded | None:
+def _stored_pass(base: Path, files: Sequence[Path], pre: Preprocess, limit_pixels: int, workers: int) -> Decoded | None:
     ledger = _read_ledger(_ledger_path(base, True))
     if ledger is None:
         return None
@@ -277,9 +274,7 @@ def _stored_pass(
     return Decoded(store, found["rows"], reasons, torch.from_numpy(found["sums"]), found["hashes"])
 
 
-def read_files(
-    files: Sequence[str | Path], preprocess: Preprocess
-) -> tuple[Tensor, list[str], list[Skipped]]:
+def read_files(files: Sequence[str | Path], preprocess: Preprocess) -> tuple[Tensor, list[str], list[Skipped]]:
     """Files for prediction, decoded with the stored preprocessing: uint8 [n c h w], their names, the skipped.
 
     Names are the paths as given, in the order given; a file that cannot be read is skipped with its reason.

@@ -134,7 +134,8 @@ def _nothing(root: Path, walk: _Walk, folders: bool) -> str:
     if not folders:
         return f"{root}: holds {len(walk.skipped)} file(s) and no class folders. {layout}"
     first = walk.skipped[0]
-    return f"{root}: no class folder holds a file; {len(walk.skipped)} skipped, first {first.file}: {first.reason}. {layout}"
+    count = len(walk.skipped)
+    return f"{root}: no class folder holds a file; {count} skipped, first {first.file}: {first.reason}. {layout}"
 
 
 def _groups(names: list[str], group: Any) -> np.ndarray:

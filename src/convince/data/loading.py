@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convince.data import arrays, builtin, folders, tables
 from convince.data.cache import cache_folder, cache_key
 from convince.data.decode import LIMIT_PIXELS, each, refit
 from convince.data.decoding import Decoded, decode_set, stamps, survey
-from convince.data.found import NAMES, Found
+from convince.data.found import Found
 from convince.data.pool import Data, Skipped
 from convince.data.preprocess import Preprocess, check_fit, check_size
-from convince.data.split import check_given, check_parts, draw
+from convince.data.settle import onto, part_rows, settle
+from convince.data.sources import find
+from convince.data.split import check_parts
 from convince.data.store import MemoryStore
-from convince.errors import Mistake, nearest
+from convince.errors import Mistake
 from convince.types import Split
 
 Progress = Callable[[int, int], None]
@@ -69,11 +69,15 @@ def load(
     _check_numbers(workers=workers, memory_bytes=memory_bytes, disk_bytes=disk_bytes, limit_pixels=limit_pixels)
     folder = cache_folder(cache)
     found = find(source, y, group=group, size=size, fit=fit, cache=folder)
+    if group is not None and found.groups is None:
+        raise Mistake(
+            f"{found.origin}: group is for folders, tables and arrays x, y; this source has no groups to go by"
+        )
     made, pre, found = _samples(
         found, size, fit, None, folder, strict, workers, memory_bytes, disk_bytes, limit_pixels, progress
     )
     found = settle(found, allow_one_class, cut=val > 0 or test > 0)
-    split = _split(found, val, test, seed)
+    split = part_rows(found, val, test, seed)
     return _data(found, made, pre, split, shares=(val, test)).measured()
 
 
@@ -100,56 +104,23 @@ def load_like(
     size = preprocess.size or None
     found = find(source, y, group=None, size=size[0] if size else None, fit=preprocess.fit or "letterbox", cache=folder)
     made, pre, found = _samples(
-        found, None, preprocess.fit, preprocess, folder, strict, workers, memory_bytes, disk_bytes, limit_pixels, progress
+        found,
+        None,
+        preprocess.fit,
+        preprocess,
+        folder,
+        strict,
+        workers,
+        memory_bytes,
+        disk_bytes,
+        limit_pixels,
+        progress,
     )
-    found = _onto(found, tuple(classes))
+    found = onto(found, tuple(classes))
     parts = found.parts if found.parts is not None else np.full(len(found), 2, np.int8)
     split = Split(*(torch.from_numpy(np.flatnonzero(parts == part)) for part in range(3)))
     done = _data(found, made, pre, split, shares=(0.0, 0.0)).measured()
     return replace(done, preprocess=preprocess)
-
-
-def find(source: Any, y: Any, *, group: Any, size: int | None, fit: str, cache: Path) -> Found:
-    """What the source is and holds, before anything is decoded."""
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        if y is not None:
-            raise Mistake(f"{text!r} brings its own labels; leave y out")
-        if isinstance(source, str) and text in builtin.BUILTIN:
-            return builtin.from_builtin(text, cache)
-        return _from_path(Path(text).expanduser(), text, group, cache)
-    if isinstance(source, Mapping) and not hasattr(source, "iloc"):
-        return arrays.from_mapping(source, "arrays", group)
-    if isinstance(source, tuple) and len(source) == 2 and y is None:
-        return arrays.from_arrays(source[0], source[1], "arrays", group)
-    if isinstance(source, (np.ndarray, Tensor, list)) or hasattr(source, "iloc") or hasattr(source, "__array__"):
-        return arrays.from_arrays(source, y, "arrays" if not hasattr(source, "iloc") else "DataFrame", group)
-    if hasattr(source, "__getitem__") or hasattr(source, "__iter__"):
-        side = (size, size) if size else None
-        return arrays.from_dataset(source, type(source).__name__, side, fit, group)
-    raise Mistake(
-        f"data of type {type(source).__name__} is not known; give a folder, a table (.csv, .parquet), an .npz file, "
-        f"arrays (x, y), a torch Dataset, or one of {', '.join(builtin.BUILTIN)}"
-    )
-
-
-def _from_path(path: Path, text: str, group: Any, cache: Path) -> Found:
-    try:
-        exists, is_folder = path.exists(), path.is_dir()
-    except OSError as error:
-        raise Mistake(f"{text}: cannot be read: {error.strerror}") from None
-    if not exists:
-        beside = os.listdir(path.parent) if path.parent.is_dir() and os.access(path.parent, os.R_OK) else []
-        close = nearest(text, builtin.BUILTIN) or nearest(path.name, beside)
-        raise Mistake(f"{text!r}: no such file or folder, and no built-in set ({', '.join(builtin.BUILTIN)}){close}")
-    if is_folder:
-        return builtin.from_idx(path, text) if builtin.is_idx(path) else folders.from_folder(path, text, group)
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv", ".txt", ".parquet"):
-        return tables.from_table(path, text, group)
-    if suffix == ".npz":
-        return builtin.from_npz(path, text, cache, group)
-    raise Mistake(f"{text}: files of this kind ({suffix or 'no suffix'}) are not read; give a folder, .csv, .parquet or .npz")
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -270,85 +241,6 @@ def _check_numbers(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or int(value) != value or value < 0):
             raise Mistake(f"{name}={value!r} must be a whole number, 0 or more")
-
-
-# -- classes and split -----------------------------------------------------------------------------
-
-
-def settle(found: Found, allow_one_class: bool, cut: bool) -> Found:
-    """The class map, from the training part, checked against the other parts and the rules for small sets."""
-    train = np.ones(len(found), bool) if found.parts is None else found.parts == 0
-    counts = np.bincount(found.y[train & (found.y >= 0)], minlength=len(found.classes))
-    others = np.bincount(found.y[~train & (found.y >= 0)], minlength=len(found.classes))
-    lost = [found.classes[at] for at in np.flatnonzero((counts == 0) & (others > 0))]
-    if lost:
-        raise Mistake(
-            f"{found.origin}: {len(lost)} label(s) in val or test that training lacks: {', '.join(lost)}. "
-            "Put samples of each into train, or take them out of the other parts"
-        )
-    if not found.fixed:
-        found = _drop_empty(found, counts)
-        counts = counts[counts > 0]
-    present = [name for name, count in zip(found.classes, counts, strict=True) if count]
-    if len(present) < 2 and not allow_one_class:
-        only = f"one class only, {present[0]!r}" if present else "no labels"
-        note = "; -1 means unlabelled" if (found.y == -1).any() else ""
-        raise Mistake(f"{found.origin}: {only}{note}. A classifier needs at least two classes with labelled samples")
-    if found.parts is None and cut and (counts == 1).any():
-        name = found.classes[int(np.flatnonzero(counts == 1)[0])]
-        raise Mistake(
-            f"{found.origin}: class {name!r} has one sample, which cannot be both learnt and tested. "
-            "Add samples of this class, or remove the class"
-        )
-    return found
-
-
-def _drop_empty(found: Found, counts: np.ndarray) -> Found:
-    """Without the classes that have no sample left; each is listed."""
-    empty = [found.classes[at] for at in np.flatnonzero(counts == 0)]
-    if not empty:
-        return found
-    place = np.append(np.where(counts > 0, np.cumsum(counts > 0) - 1, -1), -1)
-    classes = tuple(name for name, count in zip(found.classes, counts, strict=True) if count)
-    skipped = [*found.skipped, *(Skipped(name, "class left out: none of its files can be used") for name in empty)]
-    return replace(found, y=place[found.y].astype(np.int64), classes=classes, skipped=skipped)
-
-
-def _onto(found: Found, classes: tuple[str, ...]) -> Found:
-    """The labels as places in ``classes``."""
-    used = np.unique(found.y[found.y >= 0])
-    unknown = [found.classes[at] for at in used if found.classes[at] not in classes]
-    if unknown:
-        close = nearest(unknown[0], classes)
-        raise Mistake(
-            f"{found.origin}: {len(unknown)} label(s) that the model does not know: {', '.join(unknown)}{close} "
-            f"It knows {', '.join(classes)}"
-        )
-    place = np.array([*(classes.index(name) if name in classes else -1 for name in found.classes), -1], np.int64)
-    return replace(found, y=place[found.y], classes=classes)
-
-
-def _split(found: Found, val: float, test: float, seed: int) -> Split:
-    y = torch.from_numpy(found.y)
-    groups = None if found.groups is None else torch.from_numpy(found.groups)
-    if found.parts is None:
-        return draw(y, val=val, test=test, seed=seed, groups=groups)
-    given = [np.flatnonzero(found.parts == part) for part in range(3)]
-    check_given(given, found.groups, found.origin)
-    if not len(given[0]):
-        raise Mistake(f"{found.origin}: its split has no {NAMES[0]} part")
-    train, has_val, has_test = torch.from_numpy(given[0]), len(given[1]) > 0, len(given[2]) > 0
-    if not (has_val and has_test):
-        cut = draw(
-            y, val=0.0 if has_val else val, test=0.0 if has_test else test, seed=seed, groups=groups, rows=train
-        )
-    else:
-        cut = Split(train, train[:0], train[:0])
-    return Split(
-        cut.train,
-        torch.from_numpy(given[1]) if has_val else cut.val,
-        torch.from_numpy(given[2]) if has_test else cut.test,
-    )
 
 
 def _data(found: Found, made: Decoded | None, pre: Preprocess, split: Split, shares: tuple[float, float]) -> Data:

@@ -94,7 +94,8 @@ class Data:
         if train.ndim != 1 or len(train) == 0:
             raise Mistake(f"subset: train must be row numbers [m] with m >= 1; it has shape {tuple(train.shape)}")
         if train.min() < 0 or train.max() >= len(self):
-            raise Mistake(f"subset: rows must lie in 0..{len(self) - 1}; they span {int(train.min())}..{int(train.max())}")
+            span = f"{int(train.min())}..{int(train.max())}"
+            raise Mistake(f"subset: rows must lie in 0..{len(self) - 1}; they span {span}")
         if len(train.unique()) != len(train):
             raise Mistake("subset: a row is named twice; name each training row once")
         held = torch.cat([self.split.val, self.split.test])
@@ -146,7 +147,9 @@ class Data:
             pre = with_pixels(self.preprocess, known[self.split.train])
         else:
             sums, pre = self.sums, with_features(self.preprocess, self.x.take(self.split.train))
-        hashes = self.hashes if self.hashes is not None else np.concatenate([same.row_hashes(x) for x in self._chunks()])
+        hashes = self.hashes
+        if hashes is None:
+            hashes = np.concatenate([same.row_hashes(x) for x in self._chunks()])
         pairs = [(self.name(a), self.name(b)) for a, b in same.across(hashes, self.split)]
         done = replace(self, preprocess=pre, sums=sums, hashes=hashes, duplicates=pairs)
         done.digest = _digest(done, hashes)

@@ -16,6 +16,7 @@ FITS = ("letterbox", "crop", "stretch")
 RUNGS = (32, 48, 64, 96, 128, 160, 192, 224)  # sides that are chosen by themselves [pixels]
 CAP = 128  # the largest side that is chosen by itself [pixels]
 NATIVE = 64  # images that share one size up to this side keep it [pixels]
+BLOCK = 256  # 256 * 255 * 255 < 2**24: sums over a block of squares are exact in float32
 LARGEST = 4096  # the largest side a person may ask for [pixels]
 
 
@@ -56,7 +57,8 @@ class Preprocess:
                 std=tuple(float(value) for value in row["std"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise Mistake(f"preprocessing cannot be read ({type(error).__name__}: {error}); it was {text!r:.200}") from None
+            why = f"{type(error).__name__}: {error}"
+            raise Mistake(f"preprocessing cannot be read ({why}); it was {text!s:.200}") from None
 
 
 def check_fit(fit: str) -> str:
@@ -91,9 +93,10 @@ def choose_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def pixel_sums(x: Tensor) -> Int[Tensor, "n c 2"]:
     """The sum and the sum of squares of each image's channels, exact, of uint8 [n c h w]."""
-    wide = x.flatten(2)
-    squares = wide.to(torch.int32).pow_(2).sum(-1)
-    return torch.stack([wide.sum(-1, dtype=torch.int64), squares], -1)
+    wide = x.flatten(2).to(torch.float32)
+    wide = torch.nn.functional.pad(wide, (0, -wide.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    first = wide.sum(-1).to(torch.int64).sum(-1)
+    return torch.stack([first, wide.square_().sum(-1).to(torch.int64).sum(-1)], -1)
 
 
 def with_pixels(pre: Preprocess, sums: Int[Tensor, "n c 2"]) -> Preprocess:

@@ -48,7 +48,7 @@ Progress = Callable[[int, int, str], None]  # steps done, steps of the stage, a 
 
 def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = None) -> None:
     """Train ``run`` to its end; with ``checkpoint`` save there now and then, and go on from what is there."""
-    with preserved():
+    with preserved(), torch.inference_mode(False), torch.enable_grad():
         start(run)
         state = read_tree(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         if state is not None:
@@ -205,7 +205,7 @@ def _step(run: Run, stage: Stage, batch: Batch, saver: Saver, progress: float) -
     for seat in run.team.seats_with("on_grad", stage):
         seat.technique.on_grad(run)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor(run.settings.schedule, run.settings.warmup, progress)
+        group["lr"] = group["initial_lr"] * factor(stage.schedule or run.settings.schedule, run.settings.warmup, progress)
     owner = run.team.owner("update", stage)
     run.optimizer.step() if owner is None else owner.update(run)
     run.steps_done += 1
@@ -252,7 +252,7 @@ def _optimizer(run: Run, stage: Stage) -> torch.optim.Optimizer:
     owner = run.team.owner("optimizer")
     optimizer = plain_sgd(run, params) if owner is None else owner.optimizer(run, params)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"] if stage.lr is None else stage.lr
     return optimizer
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +193,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
 # -- pruning while training ------------------------------------------------------------------------
 
 
-def resize_run(run: Run, keep: dict[str, tuple[int, list[int]]]) -> None:
+def resize_run(run: Run, keep: Mapping[str, Sequence[Any]]) -> None:
     """Slice parameters and buffers (by name) to ``keep`` along ``axis``; optimiser state follows."""
     homes = dict(run.model.named_modules())
     for name, (axis, rows) in keep.items():

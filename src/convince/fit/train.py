@@ -81,9 +81,9 @@ def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
         changes["batch"] = 128 if n >= 4000 else 64 if n >= 500 else max(min(32, n // 4), 2)
         notes.append(f"batch {changes['batch']}: for {n} training samples")
     if settings.epochs is None and settings.steps is None and settings.minutes is None:
-        seen = 60_000 if side <= 48 else 48_000
-        changes["epochs"] = min(max(round(seen / max(n, 1)), 12), 40 if image else 200)
-        notes.append(f"epochs {changes['epochs']}: about {seen:,} images, between 12 and 40 passes")
+        seen = 30_000 if side <= 48 else 48_000
+        changes["epochs"] = min(max(round(seen / max(n, 1)), 12), 40 if image else 100)
+        notes.append(f"epochs {changes['epochs']}: about {seen:,} samples, at least 12 and at most {40 if image else 100} passes")
     batch = changes.get("batch", settings.batch)
     if settings.steps is not None:
         changes["epochs"] = math.ceil(settings.steps / max(n // batch, 1))

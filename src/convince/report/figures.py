@@ -107,7 +107,7 @@ def line_chart(
     def up(y: float) -> float:
         return place(min(max(level(y), y0), y1), y0, y1, bottom, top)
 
-    body = [_y_axis(_y_ticks(y0, y1, log), up, left, right, as_percent)]
+    body = [_y_axis(_y_ticks(y0, y1, log, max(3, round((bottom - top) / 36))), up, left, right, as_percent)]
     whole = [t for t in ticks(x0, x1) if t == round(t)] or [x0]
     body.append(_x_axis(whole, across, bottom, x_label, (left + right) / 2))
     body.append(_marks([(across(x), label) for x, label in marks], top, bottom))
@@ -139,9 +139,9 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _y_ticks(low: float, high: float, log: bool) -> list[float]:
+def _y_ticks(low: float, high: float, log: bool, about: int = 5) -> list[float]:
     if not log:
-        return ticks(low, high, 4)
+        return ticks(low, high, about)
     fine = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
     fine = [t for t in fine if low <= math.log10(t) <= high]
     whole = [t for t in fine if math.isclose(math.log10(t), round(math.log10(t)))]
@@ -249,7 +249,9 @@ def heat_map(counts: Any, names: Sequence[str]) -> str:
     """
     table = np.asarray(counts)
     k = len(table)
-    cell_w, cell_h = (56.0, 40.0) if k <= 12 else (28.0, 24.0) if k <= 25 else (max(7.0, 760 / k),) * 2
+    cell_w, cell_h = (
+        (88.0, 52.0) if k <= 4 else (54.0, 40.0) if k <= 12 else (28.0, 24.0) if k <= 25 else (max(7.0, 760 / k),) * 2
+    )
     font = min(12.0, cell_h * 0.95) if k > 25 else 12.0
     long = max((len(n) for n in names), default=1)
     left = min(22, long) * CHAR * font / 12 + 14
@@ -354,14 +356,16 @@ def reliability(bins: Sequence[Any], *, width: float = 380) -> str:
     return svg(width, 404, f"Reliability of {count(total)} answers in {len(bins)} bins", "".join(out), "reliability")
 
 
-def forest(rows: Sequence[Strip], *, reference: tuple[float, str] | None = None, width: float = 640) -> str:
+def forest(rows: Sequence[Strip], *, reference: tuple[float, str] | None = None, width: float = 780) -> str:
     """Values with their intervals on one axis of percent, one row each.
 
     ``reference`` is a dashed line with its name; it is left out where it lies so far off that it
     would squeeze the intervals.
     """
     named = max((len(clip(r.name, 24)) for r in rows), default=4)
-    left, right, step, top = named * CHAR + 16, width - 176, 26.0, 22.0
+    noted = max((len(r.note or percent(r.value)) for r in rows), default=6)
+    start, step, top = named * CHAR, 26.0, 22.0
+    left, right = start + noted * CHAR + 44, width - 16
     seen = [v for r in rows for v in (r.value, r.low, r.high) if v is not None and finite(v)]
     if not seen:
         return ""
@@ -386,13 +390,13 @@ def forest(rows: Sequence[Strip], *, reference: tuple[float, str] | None = None,
         out.append(_text(x, top - 9, reference[1], "mark-name", "end" if near_end else "start"))
     for i, r in enumerate(rows):
         y = top + (i + 0.5) * step
-        out.append(_text(left - 12, y + 4, clip(r.name, 24), "name", "end", 12, r.name))
+        out.append(_text(start, y + 4, clip(r.name, 24), "name", "end", 12, r.name))
         if r.low is not None and r.high is not None and finite(r.low) and finite(r.high):
             out.append(f'<line class="span" x1="{_n(across(r.low))}" x2="{_n(across(r.high))}" y1="{y}" y2="{y}"/>')
         if r.value is not None and finite(r.value):
             tip = f"<title>{escape(r.name)}: {percent(r.value)}</title>"
             out.append(f'<circle class="dot a" cx="{_n(across(r.value))}" cy="{y}" r="4.5">{tip}</circle>')
-        out.append(_text(right + 14, y + 4, r.note or percent(r.value), "note"))
+        out.append(_text(start + 16, y + 4, r.note or percent(r.value), "note"))
     return svg(width, bottom + 24, "; ".join(f"{r.name} {r.note or percent(r.value)}" for r in rows), "".join(out))
 
 

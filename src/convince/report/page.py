@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from convince.report import figures, units
 from convince.report.facts import SECTIONS, finite, tidy
 from convince.report.pictures import Shown, shown
 from convince.report.reckon import confused_pairs, matrix, per_class, wilson
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 HERE = Path(__file__).resolve().parent
 TONES = {"train": "b", "val": "a", "test": "c"}  # one colour for each part, in bars and curves alike
@@ -35,6 +38,17 @@ NAMES = {
 
 def render(facts: Mapping[str, Any]) -> str:
     """The whole page as text; :func:`convince.report.write_report` puts it in a file."""
+    from markupsafe import Markup
+
+    script = (HERE / "script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = (HERE / "style.css").read_text(encoding="utf-8")
+    return _template().render(view(facts), style=Markup(style), script=Markup(script), script_hash=digest)
+
+
+@cache
+def _template() -> Template:
+    """The template, compiled once."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
@@ -43,11 +57,7 @@ def render(facts: Mapping[str, Any]) -> str:
         svg=Markup, percent=units.percent, count=units.count, number=units.number, decimal=units.decimal
     )
     tools.globals.update(finite=finite, bar=figures.bar_row, interval_bar=figures.interval_bar, shown=_shown)
-    script = (HERE / "script.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = (HERE / "style.css").read_text(encoding="utf-8")
-    page = tools.get_template("template.html")
-    return page.render(view(facts), style=Markup(style), script=Markup(script), script_hash=digest)
+    return tools.get_template("template.html")
 
 
 def view(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,14 +366,14 @@ def _strip(f: dict[str, Any], test: dict[str, Any]) -> str:
     rows = []
     if finite(test.get("accuracy")):
         low, high = test.get("accuracy_interval") or (None, None)
-        note = f"{units.percent(test['accuracy'])}  ({_between((low, high))})" if low is not None else ""
+        note = f"{units.percent(test['accuracy'])} ({_between((low, high))})" if low is not None else ""
         rows.append(figures.Strip("test", test["accuracy"], low, high, note))
     history = f.get("history") or [{}]
     counts = f.get("data", {}).get("counts", {})
     value, n = history[-1].get("val_accuracy"), sum(counts.get("val", []))
     if finite(value):
         low, high = wilson(value * n, n) if n else (None, None)
-        note = f"{units.percent(value)}  ({_between((low, high))})" if n else ""
+        note = f"{units.percent(value)} ({_between((low, high))})" if n else ""
         rows.append(figures.Strip("validation, last epoch", value, low, high, note))
     if finite(history[-1].get("train_accuracy")):
         rows.append(figures.Strip("training, last epoch", history[-1]["train_accuracy"], None, None))

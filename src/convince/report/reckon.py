@@ -20,7 +20,7 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     p, z2 = right / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if right == 0 else centre - half), (1.0 if right == n else centre + half)
 
 
 def matrix(confusion: Any, k: int | None = None) -> np.ndarray:

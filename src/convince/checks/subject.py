@@ -1,0 +1,146 @@
+"""Subject: a part under test, with a tiny set, tiny settings, and fits that its checks share."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convince.backbones import builder
+from convince.data import Data, MemoryStore, Preprocess
+from convince.fit.adapters import seat
+from convince.fit.answer import Answer, Normalise
+from convince.fit.loop import fit
+from convince.fit.randomness import generator
+from convince.fit.run import Run
+from convince.fit.settings import Settings, settings
+from convince.fit.train import prepare
+from convince.fit.weights import build_by_name
+from convince.parts import Part, spell
+from convince.types import Split
+
+MODEL = "resnet:layers=(1,1),widths=(4,8)"
+TABLE_MODEL = "mlp:hidden=(8,)"
+
+
+@functools.cache
+def tiny_images(side: int = 8, channels: int = 1) -> Data:
+    """48 grey images of 3 classes: a bright bar at a class's height, and noise. 32 train, 8 val, 8 test."""
+    gen = generator("tiny images")
+    y = torch.arange(48) % 3
+    x = torch.randint(0, 90, (48, channels, side, side), generator=gen)
+    for i, c in enumerate(y.tolist()):
+        x[i, :, 1 + 2 * c : 3 + 2 * c, :] += 120
+    rows = torch.randperm(48, generator=gen)
+    return Data(
+        MemoryStore(x.to(torch.uint8)),
+        y,
+        Split(rows[:32], rows[32:40], rows[40:]),
+        ("a", "b", "c"),
+        Preprocess("image", channels, (side, side), "letterbox", (0.3,) * channels, (0.2,) * channels),
+        origin="tiny images",
+    )
+
+
+@functools.cache
+def tiny_table() -> Data:
+    """48 rows of 5 numbers in 3 classes."""
+    gen = generator("tiny table")
+    y = torch.arange(48) % 3
+    x = torch.randn(48, 5, generator=gen) + y[:, None]
+    rows = torch.randperm(48, generator=gen)
+    return Data(
+        MemoryStore(x), y, Split(rows[:32], rows[32:40], rows[40:]), ("a", "b", "c"), Preprocess("table", 5, (), "", (1.0,) * 5, (1.0,) * 5), origin="tiny table"
+    )  # fmt: skip
+
+
+class Subject:
+    """A part, its tiny options, and lazily its fits and a trained answer to work on."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.card = part, part.card
+        self.options = dict(self.card.tiny)
+        self._runs: dict[Any, Run] = {}
+
+    @property
+    def spec(self) -> str:
+        """The part as ``--with`` has it, with its tiny options."""
+        return spell(self.part.name, self.options)
+
+    @functools.cached_property
+    def data(self) -> Data:
+        return tiny_images()
+
+    def settings(self, **changes: Any) -> Settings:
+        """Two epochs of four steps on one thread's worth of images, fp32."""
+        return settings(**{"model": MODEL, "batch": 8, "epochs": 2, "lr": 0.05, "precision": "fp32", "augment": "none", "checkpoint_seconds": 0, **changes})
+
+    def make(self, **options: Any) -> Any:
+        return self.part.load()(**{**self.options, **options})
+
+    def run(self, *specs: str, drop_off: bool = True, **changes: Any) -> Run:
+        """A run that has not started, with these parts."""
+        return prepare(self.settings(parts=specs, **changes), self.data, drop_off=drop_off)
+
+    def fitted(self, *specs: str, drop_off: bool = True, **changes: Any) -> Run:
+        """A finished run with these parts; kept, so that checks share it."""
+        key = (specs, drop_off, tuple(sorted(changes.items())))
+        if key not in self._runs:
+            run = self.run(*specs, drop_off=drop_off, **changes)
+            fit(run)
+            self._runs[key] = run
+        return self._runs[key]
+
+    @property
+    def baseline(self) -> Run:
+        return self.fitted()
+
+    @property
+    def trained(self) -> Run:
+        return self.fitted(self.spec)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """A folder that is removed with the subject."""
+        self._temporary = tempfile.TemporaryDirectory()
+        return Path(self._temporary.name)
+
+    def answer(self) -> nn.Module:
+        """A trained plain answer on the tiny images, in eval mode; the same object for all checks."""
+        return self._answer
+
+    @functools.cached_property
+    def _answer(self) -> nn.Module:
+        return self.fitted(epochs=12).answer.eval()
+
+    def pixels(self, n: int = 6) -> tuple[Tensor, Tensor]:
+        """[0, 1] pixels and class numbers."""
+        rows = torch.arange(n)
+        return self.data.x.take(rows).float() / 255, self.data.y[rows]
+
+    def linear(self) -> nn.Module:
+        """An untrained answer with random weights, for what needs none trained."""
+        d = self.data
+        build = builder(MODEL, num_classes=d.k, in_chans=d.preprocess.channels, size=d.preprocess.size)
+        return Answer(Normalise(d.preprocess.mean, d.preprocess.std), build_by_name(build, 0)).eval()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> str:
+    """An empty string where two states have equal bits, else the first name that differs."""
+    if a.keys() != b.keys():
+        return f"names differ: {sorted(a.keys() ^ b.keys())[0]}"
+    return next((name for name in a if not torch.equal(a[name], b[name])), "")
+
+
+def same_seat(spec: str) -> Any:
+    """The seat of a spec (for checks that look at hooks and claims)."""
+    return seat(spec)
