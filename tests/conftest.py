@@ -9,7 +9,7 @@ os.environ.pop("CONVINCE_PARTS", None)
 
 from jaxtyping import install_import_hook
 
-install_import_hook("convince", "beartype.beartype")  # before anything of convince is imported
+install_import_hook("convince", "shapes.check")  # before anything of convince is imported
 
 import pytest
 import torch

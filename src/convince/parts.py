@@ -144,8 +144,11 @@ class Part:
         )
 
     def options(self) -> dict[str, inspect.Parameter]:
-        """The keyword arguments that :func:`make` accepts for this part."""
-        found = inspect.signature(self.load()).parameters
+        """The options of this part: its object's arguments; for a layer those of ``install`` after the network."""
+        layer = self.card.kind == "layer"
+        found = dict(inspect.signature(self.module().install if layer else self.load()).parameters)
+        if layer:
+            found.pop(next(iter(found)))
         return {name: p for name, p in found.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 

@@ -27,7 +27,7 @@ def cases():
             yield pytest.param(name, check, id=f"{name}/{check.replace(' ', '-')}", marks=[*marks, pytest.mark.xdist_group(name)])
 
 
-@pytest.mark.parametrize(("name", "check"), cases())
+@pytest.mark.parametrize(("name", "check"), list(cases()))
 def test_part(name, check):
     outcome = run_check(subject(name), check)
     if outcome.outcome == "skipped":

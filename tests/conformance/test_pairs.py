@@ -49,7 +49,7 @@ def alone(name: str):
     return run, bits(run.answer)
 
 
-@pytest.mark.parametrize(("a", "b"), pairs(), ids="+".join)
+@pytest.mark.parametrize(("a", "b"), list(pairs()))
 def test_pair(a, b):
     subject = Subject(PARTS[a])
     try:

@@ -341,7 +341,7 @@ def test_float_pixels_are_scaled_or_refused() -> None:
 
 def test_tables_and_their_numbers() -> None:
     x = np.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0], [7.0, 5.0]])
-    data = load(x, [0, 1, 0, 1], val=0, test=0)
+    data = load(x, [0, 1, 0, 1], val=0.0, test=0.0)
     assert data.preprocess == Preprocess("table", 2, (), "", (4.0, 5.0), (5**0.5, 1.0))
     assert data.float_batch(data.x.take(torch.tensor([1]))).tolist() == [[3.0, 5.0]]
 
@@ -501,7 +501,7 @@ def test_groups_are_never_ignored() -> None:
         load("digits", group="writer")
 
 
-@pytest.mark.parametrize("wrong", [{"fit": "crp"}, {"size": 0}, {"size": 2.5}, {"val": 1.5}, {"workers": -1}])
+@pytest.mark.parametrize("wrong", [{"fit": "crp"}, {"size": 0}, {"size": True}, {"val": 1.5}, {"workers": -1}])
 def test_wrong_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(Mistake, match=next(iter(wrong))):
         load("digits", **wrong)

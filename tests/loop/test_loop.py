@@ -320,3 +320,20 @@ def test_metrics_of_an_epoch_are_written(tmp_path):
     assert rows[1]["steps"] == 8
     assert 0 <= rows[1]["val_accuracy"] <= 1
     assert rows[1]["loss"] < 3
+
+
+def test_pythons_random_state_is_put_back():
+    """In a process of its own: the checker of shapes in these tests draws from Python's random state itself."""
+    import subprocess
+    import sys
+
+    code = """
+import random
+from convince.checks.subject import tiny_images
+from convince.fit.settings import settings
+from convince.fit.train import train
+random.seed(1); before = random.getstate()
+train(settings(model="small-cnn:widths=(4,8)", batch=8, epochs=1), tiny_images())
+assert random.getstate() == before, "Python's random state moved"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

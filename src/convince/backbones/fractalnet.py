@@ -22,12 +22,12 @@ CARD = Card(
     url="https://arxiv.org/abs/1605.07648",
     accepts=("image",),
     departs=(
-        "20 layers have 33,724,618 parameters and 40 layers 76,106,634 by this rule; the paper prints 38.6 M and, with narrower blocks, 22.9 M, which the rule does not give",
+        "20 layers have 33,724,618 parameters and 40 layers 76,106,634 by this rule; the paper prints 38.6 M and (narrower) 22.9 M, which it does not give",
         "dropout, the paper's 0 to 0.4 over five blocks, is off by default: dropout=0.4 switches it on",
         "a convolution that drop-path drops is not computed, so its batch statistics rest in that step",
         "images that do not shrink to one pixel are averaged over what is left",
     ),
-    tiny={"widths": (4, 8), "columns": 2, "drop_path": 0.0},
+    tiny={"widths": (4, 8), "columns": 2},
     variants={
         "fractalnet20": {"columns": 3},
         "fractalnet40": {"columns": 4},
@@ -53,7 +53,7 @@ def fractal(z: Tensor, columns: Sequence[Sequence[Callable[[Tensor], Tensor]]], 
             kept = alive(depth, ending)
             spans = [2 ** (c - 1) for c in kept]
             inputs = [columns[c - 1][depth // span - 1](at(depth - span)) for c, span in zip(kept, spans, strict=True)]
-            joined[depth] = inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(0)
+            joined[depth] = sum(inputs[1:], inputs[0]) / len(inputs)
         return joined[depth]
 
     return at(2 ** (len(columns) - 1))
@@ -99,7 +99,7 @@ class FractalBlock(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, z: Float[Tensor, "n c h w"], alive: Callable[[int, Sequence[int]], Sequence[int]]) -> Float[Tensor, "n d i j"]:
-        return self.pool(fractal(z, list(self.columns), alive))  # type: ignore[arg-type]
+        return self.pool(fractal(z, [list(column) for column in self.columns], alive))  # type: ignore[call-overload]
 
 
 @final
@@ -140,8 +140,13 @@ class FractalNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """The last feature map; in training mode with one draw of drop-path for the whole batch."""
-        return self._features(x, self._draw() if self.training and self.drop_path > 0 else everything)
+        """The last feature map; in training mode with one draw of drop-path for the whole batch.
+
+        A parameter that the draw leaves out gets a gradient of zero, not none: its momentum and weight decay go on, as where all paths are computed.
+        """
+        if not (self.training and self.drop_path > 0):
+            return self._features(x, everything)
+        return self._features(x, self._draw()) + 0 * sum(p.sum() for p in self.blocks.parameters())
 
     def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
         """Pooled features [n d], or the scores [n k]."""
@@ -183,10 +188,10 @@ class FractalNet(nn.Module):
 
     def _check(self, h: int, w: int) -> None:
         if min(h, w) < self.side:
-            blocks = self.side.bit_length() - 1
+            blocks, fitting = self.side.bit_length() - 1, max(min(h, w).bit_length() - 1, 1)
             raise Mistake(
-                f"fractalnet: {blocks} blocks halve the image {blocks} times, so its shorter side must be at least {self.side} pixels; "
-                f"it has {h}x{w}. Give larger images (--size {self.side}) or fewer widths, such as fractalnet:widths={(16, 32, 64)[: max(min(h, w).bit_length() - 1, 1)]}"
+                f"fractalnet: {blocks} blocks halve the image {blocks} times, so its shorter side must be at least {self.side} pixels; it has {h}x{w}. "
+                f"Give larger images (--size {self.side}) or fewer widths, such as --model fractalnet:widths={(16, 32, 64)[:fitting]}"
             )
 
     def _check_column(self, column: int) -> None:
@@ -204,7 +209,7 @@ def extract_column(model: FractalNet, column: int) -> nn.Sequential:
     model._check_column(column)
     layers: list[nn.Module] = []
     for block in model.blocks:
-        layers += [*block.columns[column - 1], block.pool]  # type: ignore[index, misc, list-item]
+        layers += [*block.columns[column - 1], block.pool]  # type: ignore[index, list-item]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), model.fc)
 
 

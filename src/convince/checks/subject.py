@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,9 @@ TABLE_MODEL = "mlp:hidden=(8,)"
 
 @functools.cache
 def tiny_images(side: int = 8, channels: int = 1) -> Data:
-    """48 grey images of 3 classes: a bright bar at a class's height, and noise. 32 train, 8 val, 8 test."""
+    """48 grey images of 3 unequal classes: a bright bar at a class's height, and noise. 32 train, 8 val, 8 test."""
     gen = generator("tiny images")
-    y = torch.arange(48) % 3
+    y = torch.tensor([0, 1, 0, 2, 0, 1, 1, 0] * 6)
     x = torch.randint(0, 90, (48, channels, side, side), generator=gen)
     for i, c in enumerate(y.tolist()):
         x[i, :, 1 + 2 * c : 3 + 2 * c, :] += 120
@@ -48,9 +50,9 @@ def tiny_images(side: int = 8, channels: int = 1) -> Data:
 
 @functools.cache
 def tiny_table() -> Data:
-    """48 rows of 5 numbers in 3 classes."""
+    """48 rows of 5 numbers in 3 unequal classes."""
     gen = generator("tiny table")
-    y = torch.arange(48) % 3
+    y = torch.tensor([0, 1, 0, 2, 0, 1, 1, 0] * 6)
     x = torch.randn(48, 5, generator=gen) + y[:, None]
     rows = torch.randperm(48, generator=gen)
     return Data(
@@ -73,11 +75,16 @@ class Subject:
 
     @functools.cached_property
     def data(self) -> Data:
-        return tiny_images()
+        return tiny_table() if self.table else tiny_images()
+
+    @property
+    def table(self) -> bool:
+        """True for a part that is made for tables of numbers."""
+        return "table" in (*self.card.expects, *self.card.accepts)
 
     def settings(self, **changes: Any) -> Settings:
         """Two epochs of four steps on one thread's worth of images, fp32."""
-        return settings(**{"model": MODEL, "batch": 8, "epochs": 2, "lr": 0.05, "precision": "fp32", "augment": "none", "checkpoint_seconds": 0, **changes})
+        return settings(**{"model": TABLE_MODEL if self.table else MODEL, "batch": 8, "epochs": 2, "lr": 0.05, "precision": "fp32", "augment": "none", "checkpoint_seconds": 0, **changes})
 
     def make(self, **options: Any) -> Any:
         return self.part.load()(**{**self.options, **options})
@@ -106,8 +113,9 @@ class Subject:
     @functools.cached_property
     def folder(self) -> Path:
         """A folder that is removed with the subject."""
-        self._temporary = tempfile.TemporaryDirectory()
-        return Path(self._temporary.name)
+        path = tempfile.mkdtemp(prefix="convince-check-")
+        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+        return Path(path)
 
     def answer(self) -> nn.Module:
         """A trained plain answer on the tiny images, in eval mode; the same object for all checks."""
@@ -120,7 +128,7 @@ class Subject:
     def pixels(self, n: int = 6) -> tuple[Tensor, Tensor]:
         """[0, 1] pixels and class numbers."""
         rows = torch.arange(n)
-        return self.data.x.take(rows).float() / 255, self.data.y[rows]
+        return self.data.float_batch(self.data.x.take(rows)), self.data.y[rows]
 
     def linear(self) -> nn.Module:
         """An untrained answer with random weights, for what needs none trained."""

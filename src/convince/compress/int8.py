@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -70,12 +71,13 @@ class Int8Layer(nn.Module):
         codes = self.weight.to(x.dtype)
         if self.zero is not None:
             codes = codes - self.zero
-        scale = self.scale.flatten()
+        scale = self.scale.flatten().expand(len(self.bias))
         if self.inputs is not None:
             x, scale = self.inputs.codes(x), scale * self.inputs.scale
         if self.geometry is None:
             return F.linear(x, codes) * scale + self.bias
-        return F.conv2d(x, codes, None, **self.geometry) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        y = F.conv2d(x, codes, None, **self.geometry)
+        return F.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, self.bias, eps=0.0)  # y * scale + bias in one pass
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, w_bits={self.w_bits}, {'linear' if self.geometry is None else self.geometry}"
@@ -158,8 +160,8 @@ class Int8(Compressor):
             q.replace(model, name, Int8Layer(model.get_submodule(name), bits, a_bits, granularity, scheme))
             if bn is not None:
                 norm = model.get_submodule(bn)
-                rest = [getattr(norm, part) for part in ("drop", "act") if isinstance(getattr(norm, part, None), nn.Module)]
-                q.replace(model, bn, nn.Sequential(*rest) if rest else nn.Identity())
+                rest = OrderedDict((part, child) for part, child in norm.named_children() if part in ("drop", "act"))  # as in timm's BatchNormAct2d
+                q.replace(model, bn, nn.Sequential(rest) if rest else nn.Identity())
         for name in outputs:
             q.add_output(model, name, q.Quantiser(a_bits, weight.dtype, weight.device))
 
@@ -203,9 +205,9 @@ class Int8(Compressor):
             for pixels in x.split(self.batch):
                 answer(pixels)
         for where in ranges:
-            learnt = dict(model.named_modules()).get(where)
-            if learnt is not None and isinstance(getattr(learnt, "low", None), Tensor):
-                ranges[where] = learnt.low, learnt.high
+            learnt = next((m for n, m in model.named_modules() if n == where), None)
+            if learnt is not None and bool(getattr(learnt, "seen", False)):
+                ranges[where] = learnt.low, learnt.high  # type: ignore[assignment]
         return ranges
 
     def _store(self, layer: Int8Layer, weight: Tensor, bias: Tensor | None, bits: int) -> None:

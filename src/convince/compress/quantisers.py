@@ -84,11 +84,12 @@ def centred_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: Sch
     the clamp range, 0 outside (eq. 13). With ``gen`` rounding is stochastic: up with the probability of the fraction.
     """
     qmin, qmax = limits(bits, scheme)
-    inside = torch.clamp(x / scale, qmin - zero, qmax - zero)  # bounds are whole, so clamping first changes no code
+    steps = x / scale
     if gen is not None:
-        noise = torch.rand(x.shape, generator=gen).to(inside) - 0.5
-        return torch.clamp(_Round.apply(inside + noise), qmin - zero, qmax - zero)
-    return _Round.apply(inside)
+        steps = steps + (torch.rand(x.shape, generator=gen).to(steps) - 0.5)
+    if steps.requires_grad:
+        return (_Round.apply(steps) + zero).clamp(qmin, qmax) - zero
+    return steps.round_().add_(zero).clamp_(qmin, qmax).sub_(zero)  # the same in place, twice as fast
 
 
 def fake_quant(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: Scheme = "affine", gen: Generator | None = None) -> Tensor:
@@ -219,7 +220,7 @@ class Quantiser(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """Centred codes; the real value is these times ``scale``."""
-        return centred_codes(x, self.scale, self.zero, self.bits)
+        return centred_codes(x.to(self.scale.dtype), self.scale, self.zero, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.codes(x) * self.scale).to(x.dtype)

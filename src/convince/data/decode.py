@@ -118,13 +118,15 @@ def decode(
         im.load()
         turn = _orientation(im)
         im = to_mode(im, channels)
-        box, inner = _plan((im.height, im.width) if turn < 5 else (im.width, im.height), (rows, columns), fit)
-        im = _resize(im, box, inner, turn)
-        if (im.height, im.width) != (rows, columns):
-            canvas = Image.new(im.mode, (columns, rows), GREY if channels == 1 else (GREY,) * 3)
-            canvas.paste(im, ((columns - im.width) // 2, (rows - im.height) // 2))
-            im = canvas
-        pixels = np.array(im).reshape(rows, columns, channels)
+    # outside the guard: from here on an error is ours, not the file's
+    upright = (im.height, im.width) if turn < 5 else (im.width, im.height)
+    box, inner = _plan(upright, (rows, columns), fit)
+    im = _resize(im, box, inner, turn)
+    if (im.height, im.width) != (rows, columns):
+        canvas = Image.new(im.mode, (columns, rows), GREY if channels == 1 else (GREY,) * 3)
+        canvas.paste(im, ((columns - im.width) // 2, (rows - im.height) // 2))
+        im = canvas
+    pixels = np.array(im).reshape(rows, columns, channels)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -137,15 +139,14 @@ def look(source: str | Path | bytes, limit_pixels: int = LIMIT_PIXELS) -> tuple[
         tiff = im.format == "TIFF"  # the one format that loading turns by itself
         turn = _orientation(im)
         columns, rows = im.size if tiff else full
-        if im.mode in ("1", "L", "LA", "I", "F") or im.mode.startswith("I;16"):
-            grey = True
-        else:
-            pixels = np.asarray(to_mode(im, 3))
-            grey = bool((pixels == pixels[:, :, :1]).all())
+        grey = im.mode in ("1", "L", "LA", "I", "F") or im.mode.startswith("I;16")
+        pixels = None if grey else np.asarray(to_mode(im, 3))
+    if pixels is not None:
+        grey = bool((pixels == pixels[:, :, :1]).all())
     return ((columns, rows) if turn >= 5 else (rows, columns)), grey
 
 
-def refit(pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], fit: str) -> UInt8[Tensor, "c h w"]:
+def refit(pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], fit: str) -> UInt8[Tensor, "c rows columns"]:
     """An image that is in memory already, brought to ``size`` (rows, columns) as :func:`decode` does."""
     channels = pixels.shape[2]
     im = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
@@ -305,7 +306,8 @@ def _wanted(full: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 
 def _plan(full: tuple[int, int], size: tuple[int, int], fit: str) -> tuple[tuple[float, float], tuple[int, int]]:
     """What to cut from the centre of ``full`` and what to scale it to, all as (rows, columns)."""
-    (h, w), (rows, columns) = full, size
+    h, w = float(full[0]), float(full[1])
+    rows, columns = size
     if fit == "stretch":
         return (h, w), size
     if fit == "crop":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
@@ -61,7 +61,7 @@ def measure_imbalance(y: Int[Tensor, " n"]) -> Imbalance:
     return Imbalance(high / low, float((counts < (low + high) / 2).double().mean()))
 
 
-def class_sizes(kind: Literal["step", "linear"], rho: float, mu: float, majority: int, k: int) -> list[int]:
+def class_sizes(kind: str, rho: float, mu: float, majority: int, k: int) -> list[int]:
     """Sizes of ``k`` classes, the small ones first.
 
     "step": ``round(mu * k)`` classes of ``majority / rho``, the others of ``majority``. "linear": from
@@ -78,9 +78,7 @@ def class_sizes(kind: Literal["step", "linear"], rho: float, mu: float, majority
     return [max(round(low + (majority - low) * i / max(k - 1, 1)), 1) for i in range(k)]
 
 
-def make_imbalance(
-    y: Int[Tensor, " n"], kind: Literal["step", "linear"], rho: float, mu: float, gen: Generator, majority: int | None = None
-) -> Int[Tensor, " m"]:
+def make_imbalance(y: Int[Tensor, " n"], kind: str, rho: float, mu: float, gen: Generator, majority: int | None = None) -> Int[Tensor, " m"]:
     """Positions, ascending, of a random part of ``y`` with :func:`class_sizes`; which classes are small is random too.
 
     ``majority``: size of the large classes; None takes that of the smallest class of ``y``.
@@ -119,13 +117,13 @@ def balanced_accuracy(predicted: Int[Tensor, " n"], y: Int[Tensor, " n"]) -> flo
 class ClassImbalanceStudy(Study):
     """Trains every method on the same imbalanced sets and prints AUC and accuracy, by ``rho``.
 
-    ``data``: a built-in set, folder or table; its test part is used as it is. ``methods``: names of
+    ``kind``: "step" or "linear". ``data``: a built-in set, folder or table; its test part is used as it is. ``methods``: names of
     :data:`METHODS`, None for all. Which classes are small varies with the seed.
     """
 
     data: str = "digits"
     model: str = "small-cnn:widths=(16,32)"
-    kind: Literal["step", "linear"] = "step"
+    kind: str = "step"
     rhos: tuple[float, ...] = (10.0, 50.0)
     mu: float = 0.5
     seeds: int = 2

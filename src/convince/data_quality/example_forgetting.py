@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,42 +99,44 @@ def misclassification_margin(logits: Float[Tensor, "n k"], y: Int[Tensor, " n"])
     return own - others.max(1).values
 
 
-def prune_by_forgetting(
-    scores: Float[Tensor, " n"], fraction: float, gen: Generator, keep: Literal["most-forgotten", "least-forgotten"] = "most-forgotten"
-) -> Int[Tensor, " m"]:
+def prune_by_forgetting(scores: Float[Tensor, " n"], fraction: float, gen: Generator, keep: str = "most-forgotten") -> Int[Tensor, " m"]:
     """Positions that stay, ascending, when the ``fraction`` of samples with the lowest score is dropped; ties fall at random.
 
     ``keep="least-forgotten"`` drops the highest scores instead. Scores of several runs are summed before.
     Raises Mistake for a fraction outside [0, 1) or a score that is nan (a sample that was never presented).
     """
-    _fraction(fraction)
     if bool(scores.isnan().any()):
         raise Mistake(f"scores: {int(scores.isnan().sum())} samples were never presented; score only the rows that were trained on")
     if keep not in ("most-forgotten", "least-forgotten"):
         raise Mistake(f"keep={keep!r}: must be 'most-forgotten' or 'least-forgotten'")
     shuffled = torch.randperm(len(scores), generator=gen)
     order = shuffled[scores[shuffled].argsort(stable=True, descending=keep == "least-forgotten")]
-    return order[round(fraction * len(scores)) :].sort().values
+    return order[_dropped(len(scores), fraction) :].sort().values
 
 
 def random_prune(n: int, fraction: float, gen: Generator) -> Int[Tensor, " m"]:
     """Positions that stay, ascending, when a ``fraction`` of ``n`` samples is dropped at random: the comparison."""
-    _fraction(fraction)
-    return torch.randperm(n, generator=gen)[round(fraction * n) :].sort().values
+    return torch.randperm(n, generator=gen)[_dropped(n, fraction) :].sort().values
 
 
-def _fraction(fraction: float) -> None:
+def _dropped(n: int, fraction: float) -> int:
     if not 0 <= fraction < 1:
         raise Mistake(f"fraction={fraction}: the share of samples to drop must be at least 0 and below 1")
+    return min(round(fraction * n), max(n - 1, 0))  # one sample stays
+
+
+def ranks(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Ranks from 1, ascending; equal values share the mean of their ranks."""
+    _, where, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[where]
 
 
 def noisy_label_check(scores: Float[Tensor, " n"], noisy: Bool[Tensor, " n"]) -> float:
     """Area under the ROC curve of the score as a detector of the samples marked ``noisy`` (1 best, 0.5 blind)."""
-    from sklearn.metrics import roc_auc_score
-
-    if bool(noisy.all()) or not bool(noisy.any()):
+    wrong, right = int(noisy.sum()), int((~noisy).sum())
+    if not wrong or not right:
         raise Mistake("noisy: needs samples with and without planted noise")
-    return float(roc_auc_score(noisy.numpy(), scores.numpy()))
+    return float((ranks(scores)[noisy].sum() - wrong * (wrong + 1) / 2) / (wrong * right))
 
 
 class Transfer(NamedTuple):
@@ -150,13 +152,12 @@ def transfer(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Transfer:
     ``overlap`` is the share of the most forgotten half of ``a`` that stands in that of ``b`` (0.5 by chance);
     ties at the border fall by position.
     """
-    from scipy.stats import spearmanr
-
     if len(a) != len(b):
         raise Mistake(f"transfer: both sets of scores must be of the same samples; they have {len(a)} and {len(b)}")
     half = len(a) // 2
     top = [set(s.argsort(stable=True, descending=True)[:half].tolist()) for s in (a, b)]
-    return Transfer(float(spearmanr(a.numpy(), b.numpy()).statistic), len(top[0] & top[1]) / max(half, 1))
+    spearman = torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1]
+    return Transfer(float(spearman), len(top[0] & top[1]) / max(half, 1))
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ LAST = "output layer"
 class TwoPhase(Technique):
     """``pre`` "over" or "under" balances the first phase; ``second`` is the share of steps of the second, ``lr`` its rate over the run's."""
 
-    pre: Literal["over", "under"] = "over"
+    pre: str = "over"
     second: float = 0.25
     lr: float = 0.1
 

@@ -23,7 +23,6 @@ CARD = Card(
     url="https://arxiv.org/abs/1710.05381",
     strength="to",
     off=0.0,
-    tiny={"to": 0.5},
     claims=("order",),
     expects=("labels",),
 )

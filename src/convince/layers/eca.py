@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -183,10 +183,10 @@ def install(model: nn.Module, k: int | str | Sequence[int] = "adaptive", gamma: 
 
 
 @torch.no_grad()
-def attention_stats(model: nn.Module, batches: Iterable[tuple[Tensor, Int[Tensor, " n"]]], k: int) -> dict[str, Float[Tensor, "k c"]]:
-    """The mean gates of each class at each gated layer (the paper's Fig. 4 to 6), in the model's present mode.
+def attention_stats(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], k: int) -> dict[str, Tensor]:
+    """The mean gates [k c] of each class at each gated layer (the paper's Fig. 4 to 6), in the model's present mode.
 
-    ``batches`` gives inputs and class numbers 0 to ``k - 1``; a class without images has NaN. Hooks are taken off again.
+    ``batches`` gives inputs and class numbers [n], 0 to ``k - 1``; a class without images has NaN. Hooks are taken off again.
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, Eca)}
     if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Se(nn.Module):
     "diagonal" one weight a channel (SE-Var2), "full" one C x C matrix (SE-Var3), "grouped" ``r`` blocks of that matrix (SE-GC).
     """
 
-    def __init__(self, channels: int, r: int = 16, form: Literal["bottleneck", "none", "diagonal", "full", "grouped"] = "bottleneck") -> None:
+    def __init__(self, channels: int, r: int = 16, form: str = "bottleneck") -> None:
         super().__init__()
         if form not in FORMS:
             raise Mistake(f"se: form={form!r} must be one of {', '.join(FORMS)}")
@@ -51,7 +51,7 @@ class Se(nn.Module):
         return x * self.excite(x.mean((2, 3), keepdim=True)).sigmoid()
 
 
-def install(model: nn.Module, r: int = 16, form: Literal["bottleneck", "none", "diagonal", "full", "grouped"] = "bottleneck") -> int:
+def install(model: nn.Module, r: int = 16, form: str = "bottleneck") -> int:
     """Gate each residual branch of ``model`` before its addition, in place; returns the number of added parameters.
 
     Existing parameter names stay; the new ones are called ``layer1.0.bn2.se.excite.0.weight``. Raises Mistake for a

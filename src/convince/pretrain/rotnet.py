@@ -45,7 +45,7 @@ CARD = Card(
 MEASURED = 512  # images on which the rotation accuracy is read after each epoch
 
 
-def rotate4(x: Float[Tensor, "n c h h"]) -> tuple[Float[Tensor, "4*n c h h"], Int[Tensor, " 4*n"]]:
+def rotate4(x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "4*n c h w"], Int[Tensor, " 4*n"]]:
     """Each image at 0, 90, 180 and 270 degrees counter-clockwise, in four rows next to each other, and targets 0 to 3.
 
     Exact: rows and columns change places, nothing is interpolated. Raises Mistake unless images are square.
