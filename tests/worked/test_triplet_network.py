@@ -205,8 +205,8 @@ def test_the_objective_is_the_loss_of_the_embeddings(digits):
     run = prepare(wanted(precision="fp64", epochs=1, batch=32), digits)
     watched(run)
     fit(run)
-    e = run.model.forward_head(run.out.features, pre_logits=True)
-    assert float(run.loss) == pytest.approx(float(triplet_softmax_loss(e[0::3], e[1::3], e[2::3]).mean()), abs=1e-12)
+    e = run.model.forward_head(run.out.features, pre_logits=True).detach()
+    assert float(run.loss.detach()) == pytest.approx(float(triplet_softmax_loss(e[0::3], e[1::3], e[2::3]).mean()), abs=1e-12)
     assert run.loss.dtype == torch.float64
 
 
@@ -250,7 +250,7 @@ def killed_after(steps):
 
 
 @pytest.mark.parametrize("part", ["triplet-network:per_epoch=32", "siamese-network:per_epoch=32"])
-@pytest.mark.parametrize("steps", [2, 4, 6])
+@pytest.mark.parametrize("steps", [2, 4])
 def test_resumes_with_equal_bits(digits, tmp_path, part, steps):
     wish = wanted(parts=(part,), checkpoint_seconds=0, model="triplet-net:widths=(4,4,4,4)")
     whole = prepare(wish, digits)

@@ -27,9 +27,7 @@ CARD = Card(
 )
 
 
-def mixup(
-    x: Float[Tensor, "n *shape"], y: Float[Tensor, "n k"], gen: Generator, alpha: float = 1.0
-) -> tuple[Float[Tensor, "n *shape"], Float[Tensor, "n k"]]:
+def mixup(x: Float[Tensor, "n ..."], y: Float[Tensor, "n k"], gen: Generator, alpha: float = 1.0) -> tuple[Float[Tensor, "n ..."], Float[Tensor, "n k"]]:
     """``lam * (x, y) + (1 - lam) * (its partner)``, one lam ~ Beta(alpha, alpha) for the batch (section 2); ``alpha=0``: unchanged.
 
     Partners are a random permutation of the batch. Inputs are not changed; dtype and device are kept.

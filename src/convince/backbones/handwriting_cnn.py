@@ -20,7 +20,7 @@ CARD = Card(
     url="https://arxiv.org/abs/2406.04511",
     accepts=("image",),
     departs=(
-        "five convolutional layers and one hidden layer are the paper's; filters, kernel, dropout and input size are arguments with a common choice as default, "
+        "five convolutional layers and one hidden layer are the paper's; filters, kernel, dropout and input size are arguments with a usual default, "
         "since the paper is an ablation over them",
         "pools keep the last odd row and column (ceil mode), so that images of any size pass; at 32 pixels this changes nothing",
     ),

@@ -143,7 +143,7 @@ def prove(paper: str, *, scale: str = "small", fresh: bool = False, say: Callabl
         raise Mistake(f"no claim is known for {paper!r}{nearest(paper, known())} Known: {', '.join(known())}")
     claim = importlib.import_module("convince.claims." + paper.replace("-", "_"))
     source = hashlib.sha256(Path(claim.__file__).read_bytes()).hexdigest()
-    from convince.data.paths import cache_folder
+    from convince.data.cache import cache_folder
     from convince.fit.folder import environment
 
     store = cache_folder() / "claims" / f"{paper}-{scale}-{source[:12]}.json"

@@ -107,6 +107,8 @@ class Int8(Compressor):
         q.check_bits("a_bits", self.a_bits, none=True)
         q.check_word("granularity", self.granularity, ("channel", "tensor"))
         q.check_word("scheme", self.scheme, ("symmetric", "affine"))
+        if not isinstance(self.layers, dict):
+            raise Mistake(f"layers={self.layers!r}: must name bits by layer, written layers={{'conv1':4,'fc':0}}")
         for name, bits in self.layers.items():
             q.check_bits(f"layers[{name!r}]", bits, none=True)
         if not 0 <= self.decay < 1:

@@ -148,7 +148,7 @@ def find_layer(answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tenso
     names = {name: module for name, module in answer.named_modules() if name}
     wanted = None if layer is None else _named(layer, list(names), who)
     seen = _Seen(len(x[:1]), (x.shape[2], x.shape[3]))
-    handles = [m.register_forward_hook(lambda m, _, out, name=name: seen.look(name, m, out)) for name, m in names.items()]  # type: ignore[misc]
+    handles = [m.register_forward_hook(lambda m, _, out, name=name: seen.look(name, m, out)) for name, m in names.items()]
     try:
         scores = answer(x[:1].detach().requires_grad_(True))
     finally:
@@ -167,7 +167,7 @@ def find_layer(answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tenso
     for (found, _), gradient in zip(reversed(live), reversed(reached), strict=True):
         if gradient is not None and (found.prefix == 0 or bool((found.fold(gradient) != 0).any())):
             return found
-    raise Mistake(f"{who}: no layer of this answer ({type(answer).__name__}) has a spatial output larger than 1x1, so there is no map; use a network with a plane")
+    raise Mistake(f"{who}: no layer of this answer ({type(answer).__name__}) has a spatial output beyond 1x1 that reaches the score; take a network with one")
 
 
 def must_reach(scores: Tensor, who: str) -> None:

@@ -25,7 +25,7 @@ CARD = Card(
     year=2014,
     url="https://arxiv.org/abs/1412.6806",
     gradient="surrogate",
-    departs=("the map is the largest absolute value over the channels of the guided gradient, as for saliency; the paper shows the gradient itself (images['gradient'])",),
+    departs=("the map is the largest absolute value over channels, as for saliency; the paper shows the gradient itself (here images['gradient'])",),
 )
 
 
@@ -39,7 +39,7 @@ class _Guided(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
         return g * (g > 0) * (out > 0)
 

@@ -25,7 +25,7 @@ CARD = Card(
     off=0.0,
     claims=("objective",),
     expects=("labels", "logits"),
-    departs=("the default epsilon is 1, the paper's first choice before tuning; the paper tunes it for each task",),
+    departs=("epsilon is 1 until it is tuned, which the paper does for each task",),
 )
 
 
@@ -36,7 +36,7 @@ def poly1_cross_entropy(
     label_smoothing: float = 0.0,
     weight: Float[Tensor, " k"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Each row's ``CE + epsilon * (1 - Pt)`` (eq. 6), ``Pt = sum_k y_k softmax(logits)_k``.
+    """Each row's ``CE + epsilon * (1 - Pt)`` (L_Poly-1), ``Pt = sum_k y_k softmax(logits)_k``.
 
     Rows of ``y`` are class weights. ``label_smoothing`` mixes them with the uniform row first; ``weight``
     multiplies each class's terms. ``epsilon > 0`` keeps pushing confident rows, ``-1 < epsilon < 0`` tames
@@ -50,7 +50,7 @@ def poly1_cross_entropy(
 
 
 def poly_n(logits: Float[Tensor, "n k"], y: Float[Tensor, "n k"], epsilon: Sequence[float]) -> Float[Tensor, " n"]:
-    """Each row's ``CE + sum_j epsilon_j (1 - Pt)^j`` for j = 1 to N (eq. 5); no epsilon at all is cross-entropy."""
+    """Each row's ``CE + sum_j epsilon_j (1 - Pt)^j`` for j = 1 to N (L_Poly-N); no epsilon at all is cross-entropy."""
     _same_shape(logits, y)
     losses = F.cross_entropy(logits, y, reduction="none")
     miss, power = _miss(logits, y), torch.ones_like(losses)
@@ -80,7 +80,7 @@ def poly1_focal_sigmoid(
 
 
 def poly_drop(logits: Float[Tensor, "n k"], y: Float[Tensor, "n k"], n: int) -> Float[Tensor, " n"]:
-    """Each row's series cut after ``n`` terms, ``sum_{j=1..n} (1 - Pt)^j / j`` (section 4.1): -log Pt as n grows."""
+    """Each row's series cut after ``n`` terms, ``sum_{j=1..n} (1 - Pt)^j / j`` (L_Drop): -log Pt as n grows."""
     _same_shape(logits, y)
     miss = _miss(logits, y)
     total = torch.zeros_like(miss)

@@ -104,7 +104,7 @@ class NovoGrad(Optimizer):
         super().__init__(params, options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters that have a gradient; ``closure`` computes the loss anew."""
         loss = None
         if closure is not None:
