@@ -336,7 +336,11 @@ def spell(name: str, options: dict[str, Any]) -> str:
 
 
 def _write(value: Any) -> str:
-    return repr(value).replace(" ", "") if not isinstance(value, str) or _value(value) != value or "," in value else value
+    if isinstance(value, (tuple, list)):
+        inner = ",".join(repr(v) if isinstance(v, str) else _write(v) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    plain_text = isinstance(value, str) and _value(value) == value and not set(value) & set(",\"'()[]{}") and value == value.strip()
+    return value if plain_text else repr(value)
 
 
 def _value(text: str) -> Any:

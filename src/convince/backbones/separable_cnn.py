@@ -34,7 +34,12 @@ class SeparableCNN(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 10, in_chans: int = 3, stem: int = 32, widths: Sequence[int] = (64, 64, 128, 128, 128), strides: Sequence[int] = (2, 1, 2, 1, 1)
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        stem: int = 32,
+        widths: Sequence[int] = (64, 64, 128, 128, 128),
+        strides: Sequence[int] = (2, 1, 2, 1, 1),
     ) -> None:
         super().__init__()
         self.num_classes, self.num_features, self.in_chans = num_classes, widths[-1], in_chans

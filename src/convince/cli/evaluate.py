@@ -14,7 +14,7 @@ from convince.cli import emit, json_option, parts_option, trust_option
 @parts_option
 @json_option
 def command(run: str, data: str | None, trust: bool, as_json: bool) -> None:
-    """Score RUN on DATA (all of it), or on the test part the run was made with."""
+    """Score RUN on DATA: all of it, or its test part where DATA brings one or is what RUN was trained on (the default)."""
     import time
 
     from convince.cli.runs import data_of

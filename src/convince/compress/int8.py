@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +49,10 @@ class Int8Layer(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    zero: Tensor | None
     bias: Tensor
 
-    def __init__(self, layer: nn.Module, w_bits: int, a_bits: int, granularity: q.Granularity, scheme: q.Scheme) -> None:
+    def __init__(self, layer: nn.Module, w_bits: int, a_bits: int, granularity: str, scheme: str) -> None:
         super().__init__()
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -59,12 +60,11 @@ class Int8Layer(nn.Module):
         if isinstance(layer, nn.Conv2d):
             self.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
         self.w_bits = w_bits
-        here = {"dtype": weight.dtype, "device": weight.device}
         channels = (len(weight), *[1] * (weight.dim() - 1)) if granularity == "channel" else ()
-        self.register_buffer("weight", torch.zeros(weight.shape, dtype=torch.int8, device=weight.device))
-        self.register_buffer("scale", torch.ones(channels, **here))
-        self.register_buffer("zero", torch.zeros(channels, dtype=torch.int16, device=weight.device) if scheme == "affine" else None)
-        self.register_buffer("bias", torch.zeros(len(weight), **here))
+        self.register_buffer("weight", torch.zeros_like(weight, dtype=torch.int8, requires_grad=False))
+        self.register_buffer("scale", weight.new_ones(channels))
+        self.register_buffer("zero", weight.new_zeros(channels, dtype=torch.int16) if scheme == "affine" else None)
+        self.register_buffer("bias", weight.new_zeros(len(weight)))
         self.inputs = q.Quantiser(a_bits, weight.dtype, weight.device) if a_bits else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ class Int8(Compressor):
 
     w_bits: int = 8
     a_bits: int | None = 8
-    granularity: q.Granularity = "channel"
-    scheme: q.Scheme = "symmetric"
+    granularity: str = "channel"
+    scheme: str = "symmetric"
     layers: dict[str, int] = field(default_factory=dict)
     decay: float = 0.99
     batch: int = 32
@@ -125,7 +125,7 @@ class Int8(Compressor):
             model = network(answer)
             found = self._layout(answer, model, x)
             ranges = self._ranges(answer, model, found, x) if self.a_bits else {}
-            spec = {
+            spec: dict[str, Any] = {
                 "layers": [[name, bn, self.layers.get(name, self.w_bits)] for name, bn in found.layers],
                 "outputs": found.outputs if self.a_bits else [],
                 "a_bits": self.a_bits or 0,
@@ -135,11 +135,11 @@ class Int8(Compressor):
             small = copy.deepcopy(model)
             self.rebuild(small, **spec)
             for name, bn, bits in spec["layers"]:
-                layer = model.get_submodule(name)
-                weight, bias = layer.weight.detach(), layer.bias  # type: ignore[union-attr]
+                layer = cast(nn.Linear, model.get_submodule(name))  # or a convolution
+                weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
                 if bn is not None:
                     weight, bias = q.fold_bn(weight, bias, model.get_submodule(bn))
-                self._store(small.get_submodule(name), weight, bias, bits)  # type: ignore[arg-type]
+                self._store(cast(Int8Layer, small.get_submodule(name)), weight, bias, bits)
             for where, (low, high) in ranges.items():
                 quantiser = small.get_submodule(where)
                 assert isinstance(quantiser, q.Quantiser)
@@ -155,7 +155,9 @@ class Int8(Compressor):
         model.load_state_dict(cut.tensors)
 
     @staticmethod
-    def rebuild(model: nn.Module, layers: list[list], outputs: list[str], a_bits: int, granularity: q.Granularity, scheme: q.Scheme) -> None:
+    def rebuild(  # type: ignore[override]
+        model: nn.Module, layers: list[list], outputs: list[str], a_bits: int, granularity: str, scheme: str
+    ) -> None:
         """Put int8 layers, with codes of zero, in place of ``layers`` [name, batch norm or None, bits], and quantisers on ``outputs``."""
         weight = next(t for t in model.state_dict().values() if t.is_floating_point())
         for name, bn, bits in layers:
@@ -209,7 +211,7 @@ class Int8(Compressor):
         for where in ranges:
             learnt = next((m for n, m in model.named_modules() if n == where), None)
             if learnt is not None and bool(getattr(learnt, "seen", False)):
-                ranges[where] = learnt.low, learnt.high  # type: ignore[assignment]
+                ranges[where] = cast(q.Range, (learnt.low, learnt.high))
         return ranges
 
     def _store(self, layer: Int8Layer, weight: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -218,7 +220,8 @@ class Int8(Compressor):
         layer.scale.copy_(scale)
         if layer.zero is not None:
             layer.zero.copy_(zero)
-        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
+        if bias is not None:
+            layer.bias.copy_(bias)
 
     def _afford(self, model: nn.Module, small: nn.Module, budget: Budget | None) -> None:
         if budget is None:
@@ -228,7 +231,7 @@ class Int8(Compressor):
         before, after = q.bytes_of(model), q.bytes_of(small)
         allowed = budget.value * before if budget.value <= 1 else budget.value
         if after > allowed:
-            raise Mistake(f"int8: reaches {after} of {before} bytes ({after / before:.2f}), more than the budget of {allowed:.0f}; prune as well, or allow more")
+            raise Mistake(f"int8: reaches {after} of {before} bytes ({after / before:.2f}), more than the budget of {allowed:.0f}; allow more, or prune")
 
 
 def network(answer: nn.Module) -> nn.Module:

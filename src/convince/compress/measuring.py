@@ -24,9 +24,9 @@ def macs(answer: nn.Module, x: Tensor) -> int:
 
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal total
-        total += output[0].numel() * module.weight[0].numel()  # type: ignore[index,union-attr]
+        total += output[0].numel() * module.weight[0].numel()  # type: ignore[index]
 
-    layers = [m for m in answer.modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() >= 2 and not isinstance(m, nn.Embedding)]  # type: ignore[union-attr,operator]
+    layers = [m for m in answer.modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() >= 2 and not isinstance(m, nn.Embedding)]  # type: ignore[operator]
     hooks = [m.register_forward_hook(count) for m in layers]
     try:
         answer(x[:1])

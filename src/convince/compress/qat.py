@@ -80,7 +80,7 @@ class Watcher(nn.Module):
 
 def folded_codes(weight: Tensor, norm: nn.Module | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Centred codes of ``w * gamma / sigma_long``, and the factor [c] that takes a convolution with them back to that with ``w``."""
-    factor = torch.ones_like(weight[:, *[0] * (weight.dim() - 1)]) if norm is None else q.bn_factor(norm)
+    factor = weight.new_ones(len(weight)) if norm is None else q.bn_factor(norm)
     factor = torch.where(factor.abs() > 1e-6, factor, torch.ones_like(factor)).detach()  # a channel with gamma 0 has no grid of its own
     folded = weight * factor.view(-1, *[1] * (weight.dim() - 1))
     scale, zero = q.quant_params(*q.minmax(folded.detach(), settings["granularity"]), settings["w_bits"], settings["scheme"])
@@ -102,7 +102,7 @@ class QatConv2d(nn.Conv2d):
             self.inputs.watch(x)
         if not self.on:
             return super().forward(x)
-        codes, scale = folded_codes(self.weight, *self.norm or (None,), self.settings)
+        codes, scale = folded_codes(self.weight, self.norm[0] if self.norm else None, self.settings)
         if self.inputs is not None:
             x, step = self.inputs.codes(x)
             scale = scale * step
@@ -144,8 +144,8 @@ class QAT(Technique):
 
     w_bits: int = 8
     a_bits: int = 8
-    granularity: q.Granularity = "channel"
-    scheme: q.Scheme = "symmetric"
+    granularity: str = "channel"
+    scheme: str = "symmetric"
     start_after: float = 0.5
     freeze_ranges_after: float = 0.75
     freeze_bn_after: float = 0.9
@@ -172,7 +172,9 @@ class QAT(Technique):
         )  # fmt: skip
 
     @staticmethod
-    def rebuild(model: nn.Module, layers: list[list], outputs: list[str], decay: float, **settings: Any) -> None:
+    def rebuild(  # type: ignore[override]
+        model: nn.Module, layers: list[list], outputs: list[str], decay: float, **settings: Any
+    ) -> None:
         """Put simulated layers in place of ``layers`` [name, batch norm or None], with their parameters, and watchers on ``outputs``."""
         for name, bn in layers:
             q.replace(model, name, simulated(model.get_submodule(name), None if bn is None else model.get_submodule(bn), decay, settings))

@@ -11,18 +11,16 @@ import collections
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convince.errors import Mistake
 
-Scheme = Literal["affine", "symmetric"]
-Granularity = Literal["channel", "tensor"]
 Range = tuple[Tensor, Tensor]  # smallest and largest value
 
 
@@ -43,13 +41,13 @@ def check_word(name: str, value: str, allowed: tuple[str, ...]) -> None:
 # -- the quantiser ---------------------------------------------------------------------------------
 
 
-def limits(bits: int, scheme: Scheme) -> tuple[int, int]:
+def limits(bits: int, scheme: str) -> tuple[int, int]:
     """Smallest and largest code: affine ``[0, 2^b - 1]``, symmetric ``[-(2^(b-1) - 1), 2^(b-1) - 1]``."""
     half = 2 ** (bits - 1) - 1
     return (0, 2**bits - 1) if scheme == "affine" else (-half, half)
 
 
-def quant_params(low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], bits: int, scheme: Scheme = "affine") -> tuple[Tensor, Tensor]:
+def quant_params(low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], bits: int, scheme: str = "affine") -> tuple[Tensor, Tensor]:
     """Scale and zero code of the range ``[low, high]``, widened to include 0 (eqs. 1 to 3 and section 2.2).
 
     affine: ``scale = (high - low) / (2^b - 1)``, ``zero = round(-low / scale)`` in [0, 2^b - 1];
@@ -77,7 +75,7 @@ class _Round(torch.autograd.Function):
         return grads[0]
 
 
-def centred_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: Scheme = "affine", gen: Generator | None = None) -> Tensor:
+def centred_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: str = "affine", gen: Generator | None = None) -> Tensor:
     """``clamp(round(x / scale) + zero, qmin, qmax) - zero``, whole numbers in the dtype of ``x``.
 
     ``scale`` and ``zero`` broadcast against ``x``. Gradient with respect to ``x``: ``1 / scale`` where x lies inside
@@ -92,7 +90,7 @@ def centred_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: Sch
     return steps.round_().add_(zero).clamp_(qmin, qmax).sub_(zero)  # the same in place, twice as fast
 
 
-def fake_quant(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: Scheme = "affine", gen: Generator | None = None) -> Tensor:
+def fake_quant(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: str = "affine", gen: Generator | None = None) -> Tensor:
     """``scale * (clamp(round(x / scale) + zero, qmin, qmax) - zero)``: quantised and taken back (eqs. 9 to 12).
 
     The gradient is straight-through: 1 where ``x`` lies inside the clamp range, 0 outside.
@@ -103,7 +101,7 @@ def fake_quant(x: Tensor, scale: Tensor, zero: Tensor, bits: int, scheme: Scheme
 # -- observers -------------------------------------------------------------------------------------
 
 
-def minmax(x: Tensor, granularity: Granularity = "tensor") -> Range:
+def minmax(x: Tensor, granularity: str = "tensor") -> Range:
     """Smallest and largest value: of the whole, or of each slice along axis 0 (shape [c 1 1 ...])."""
     if granularity == "tensor":
         return x.amin(), x.amax()
@@ -123,7 +121,7 @@ def percentile(x: Tensor, share: float = 0.999) -> Range:
     if not 0 < share <= 1:
         raise Mistake(f"share={share}: must be above 0 and at most 1")
     values = x.flatten().sort().values
-    cut = int(round((1 - share) / 2 * (len(values) - 1)))
+    cut = round((1 - share) / 2 * (len(values) - 1))
     return values[cut], values[len(values) - 1 - cut]
 
 
@@ -152,7 +150,7 @@ def _tensor(value: Any) -> Tensor:
     return value.detach()
 
 
-def quantise_weight(weight: Tensor, bits: int, granularity: Granularity, scheme: Scheme) -> tuple[Int[Tensor, "..."], Tensor, Tensor]:
+def quantise_weight(weight: Tensor, bits: int, granularity: str, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
     """int8 codes, scale and zero of a weight: [c 1 1 ...] for "channel" (axis 0), [] for "tensor".
 
     Affine codes are stored as ``code - 2^(b-1)``, and the zero with them, so that they fit int8.
@@ -165,7 +163,7 @@ def quantise_weight(weight: Tensor, bits: int, granularity: Granularity, scheme:
 # -- true integer arithmetic, as a reference --------------------------------------------------------
 
 
-def int_linear(x: Int[Tensor, "n d"], x_zero: int, weight: Int[Tensor, "m d"], w_zero: Int[Tensor, " m"]) -> Int[Tensor, "n m"]:
+def int_linear(x: Integer[Tensor, "n d"], x_zero: int, weight: Integer[Tensor, "m d"], w_zero: Integer[Tensor, " m"]) -> Integer[Tensor, "n m"]:
     """``sum_d (x - x_zero)(w - w_zero)`` in int32 from the raw codes, by zero-point correction (section 2.1, eq. 8).
 
     ``sum x w - w_zero sum x - x_zero sum w + d x_zero w_zero``: the last two are known before any input.
@@ -175,22 +173,28 @@ def int_linear(x: Int[Tensor, "n d"], x_zero: int, weight: Int[Tensor, "m d"], w
 
 
 def int_conv2d(
-    x: Int[Tensor, "n c h w"], x_zero: int, weight: Int[Tensor, "m g i j"], w_zero: Int[Tensor, " m"], stride: int = 1, padding: int = 0, groups: int = 1
-) -> Int[Tensor, "n m k l"]:
+    x: Integer[Tensor, "n c h w"],
+    x_zero: int,
+    weight: Integer[Tensor, "m g i j"],
+    w_zero: Integer[Tensor, " m"],
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Integer[Tensor, "n m k o"]:
     """Convolution of raw codes with int32 accumulators; the border is padded with the code of real 0."""
     n, c = x.shape[:2]
     m, _, i, j = weight.shape
     x = F.pad(x.to(torch.int32), (padding,) * 4, value=x_zero)
-    patches = x.unfold(2, i, stride).unfold(3, j, stride)  # n c k l i j
-    k, l = patches.shape[2:4]
+    patches = x.unfold(2, i, stride).unfold(3, j, stride)  # n c k o i j
+    k, o = patches.shape[2:4]
     outputs = []
     for rows, kernels, zeros in zip(patches.split(c // groups, 1), weight.split(m // groups), w_zero.split(m // groups), strict=True):
-        flat = rows.permute(0, 2, 3, 1, 4, 5).reshape(n * k * l, -1)
-        outputs.append(int_linear(flat, x_zero, kernels.flatten(1), zeros).view(n, k, l, -1))
+        flat = rows.permute(0, 2, 3, 1, 4, 5).reshape(n * k * o, -1)
+        outputs.append(int_linear(flat, x_zero, kernels.flatten(1), zeros).view(n, k, o, -1))
     return torch.cat(outputs, 3).permute(0, 3, 1, 2)
 
 
-def requantise(total: Int[Tensor, "n m ..."], bias: Tensor | None, x_scale: Tensor, w_scale: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def requantise(total: Integer[Tensor, "n m ..."], bias: Tensor | None, x_scale: Tensor, w_scale: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """int32 accumulators -> codes [0, 2^b - 1] of the next layer: ``round((total + bias) * x_scale w_scale / scale) + zero``.
 
     ``bias`` is real; it is added as int32 at scale ``x_scale * w_scale``.
@@ -274,7 +278,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[Tensor] = []  # while a tensor lives its id is its own
+        self.kept: list[Any] = []  # while a tensor lives its id is its own
         self.leaves: dict[int, list[str]] = {}  # tensor -> modules without children that returned it
         self.sums: dict[int, list[str]] = {}  # sum, or activation of one -> modules that returned it, innermost first
         self.joins: list[list[str]] = []
@@ -290,10 +294,10 @@ class _Watch(TorchFunctionMode):
             found = []
             self.joins.append(found)
         result = func(*args, **(kwargs or {}))
+        self.kept.append(result)
         if isinstance(result, Tensor):
             self.reads.update({id(a) for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)) if isinstance(a, Tensor)})
         if found is not None:
-            self.kept.append(result)
             self.sums[id(result)] = found
         return result
 

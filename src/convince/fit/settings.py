@@ -70,6 +70,9 @@ def from_yaml(path: Path) -> Settings:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise Mistake(f"{path}: not a readable config: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise Mistake(f"{path}: holds no settings")
-    return settings(**values)
+    if not isinstance(values, dict) or "data" not in values:
+        raise Mistake(f"{path}: holds no settings of a run")
+    try:
+        return settings(**values)
+    except Mistake as error:
+        raise Mistake(f"{path}: {error}") from error
