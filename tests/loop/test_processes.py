@@ -51,7 +51,7 @@ def torchrun(out: Path, processes: int, *words: str) -> dict:
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_two_processes_agree_with_one(tmp_path, precision):
     """Fifty steps with CutMix on the same global batch; a network without batch statistics."""
-    words = ["--model", "handwriting-cnn:size=8,channels=(8,16),hidden=16,dropout=0.0", "--steps", "50", "--batch", "33", "--with", "cutmix"]
+    words = ["--model", "handwriting-cnn:channels=(8,16),hidden=16,dropout=0.0", "--steps", "50", "--batch", "33", "--with", "cutmix"]
     words += ["--precision", precision, "--lr", "0.05"]
     one, two = tmp_path / "one", tmp_path / "two"
     first, second = convince("train", "digits", "--out", str(one), "--json", *words), torchrun(two, 2, *words)

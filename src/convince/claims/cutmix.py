@@ -30,7 +30,8 @@ CONTRADICTED = "the interval of error CutMix - baseline lies above 0, or that of
 BUDGET = (
     "fashion-mnist, 600 training and 1,500 test images, ResNet-8 (16-32-64), flip and crop in every arm, SGD 0.1 cosine, batch 50, 30 epochs, 4 paired seeds, "
     "5 arms: baseline, CutMix (prob 0.5, as on CIFAR), Cutout (half side), Mixup (alpha 1), and the control: CutMix's pixels (prob 0.5) with the label "
-    "of the target alone. Reduced against the catalogue: 600 of 2,000 training images (the 30 epochs and the overfitting stay) and 1,500 of 10,000 test images; FGSM on 400. "
+    "of the target alone. Reduced against the catalogue: 600 of 2,000 training images (the 30 epochs and the overfitting stay) and 1,500 of 10,000 test "
+    "images; FGSM on 400. "
     "Occluded: a random square of half the side holds another test image's pixels. FGSM (8/255) is reported and decides nothing."
 )
 ARMS = {"baseline": (), "cutmix": ("cutmix:prob=0.5",), "cutout": ("cutout",), "mixup": ("mixup",)}

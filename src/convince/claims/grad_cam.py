@@ -29,8 +29,9 @@ SUPPORTED = (
 )
 CONTRADICTED = "Mean energy not above saliency's, or the mean correlation of Grad-CAM not below that of guided backpropagation."
 BUDGET = (
-    "mnist digits, four of different classes on a 56x56 canvas; 6,000 scenes x 6 epochs, conv 16-32-64-64 with binary cross-entropy, Adam at 0.002 on a one-cycle "
-    "schedule; 100 test scenes x 2 present classes; 4 seeds (the catalogue asks for 3); saliency, guided backpropagation and random weights as baselines. "
+    "mnist digits, four of different classes on a 56x56 canvas; 6,000 scenes x 6 epochs, conv 16-32-64-64 with binary cross-entropy, Adam at 0.002 "
+    "on a one-cycle schedule; 100 test scenes x 2 present classes; "
+    "4 seeds (the catalogue asks for 3); saliency, guided backpropagation and random weights as baselines. "
     "Maps that are all zero count as even (energy 0.25), and pairs with a constant map have no correlation and are left out."
 )
 
@@ -137,7 +138,8 @@ def measure(bench: Bench) -> None:
                 return QuadNet().eval()
 
         def cell(explainer: Explainer, anew: bool = False, job: Any = job, fresh: Any = fresh, seed: int = seed) -> dict[str, float]:
-            return localise(explainer, fresh() if anew else job()["net"], *job()["test"], seed)
+            x, classes = job()["test"]
+            return localise(explainer, fresh() if anew else job()["net"], x, classes, seed)
 
         for arm, explainer in (("grad-cam", GradCam()), ("saliency", Saliency()), ("guided-backprop", GuidedBackprop())):
             bench.arm(arm, seed, functools.partial(cell, explainer))

@@ -26,15 +26,16 @@ from convince.parts import Card
 SAYS = "NovoGrad is about as accurate as the better of tuned SGD and AdamW, works at no fewer learning rates than SGD, and keeps half of Adam's state."
 SUPPORTED = (
     "NovoGrad - the better other (picked on validation) is at least -0.5 points with the lower end of its 95 % paired t interval above -1.5, and NovoGrad has "
-    "at least as many learning rates within 2 points of its own best as SGD, and at most 0.55 of Adam's state, and the exact controls hold: loss times 100 moves "
-    "NovoGrad's weights by at most 1e-4 of their size and SGD's by more."
+    "at least as many learning rates within 2 points of its own best as SGD, and at most 0.55 of Adam's state, and the exact controls hold: loss times 100 "
+    "moves NovoGrad's weights by at most 1e-4 of their size and SGD's by more."
 )
 CONTRADICTED = "the upper end of the interval lies below -0.5 points, or NovoGrad has fewer good learning rates than SGD."
 BUDGET = (
     "fashion-mnist, 4,000 training, 1,000 validation and 2,000 test images, a 3-block CNN (16-32-64), 4 epochs, batch 64, cosine to 0, no warm-up; weight "
-    "decay SGD 5e-4, AdamW 0.01, NovoGrad 0.001. Stage 1: 7 learning rates over 3 decades around each optimiser's usual one (SGD 0.1, AdamW 0.001, NovoGrad 0.01), "
-    "1 seed, judged on validation. Stage 2: each optimiser at its best rate, 6 paired seeds. Reduced against the catalogue: a 3-block CNN for ResNet-8, 4 of 5 "
-    "epochs, 2,000 of 10,000 test images; the large batch of 512 (which decided nothing) is left out."
+    "decay SGD 5e-4, AdamW 0.01, NovoGrad 0.001. Stage 1: 7 learning rates over 3 decades around each optimiser's usual one (SGD 0.1, AdamW 0.001, "
+    "NovoGrad 0.01), 1 seed, judged on validation. Stage 2: each optimiser at its best rate, 6 paired seeds. "
+    "Reduced against the catalogue: a 3-block CNN for ResNet-8, 4 of 5 epochs, 2,000 of 10,000 test images; "
+    "the large batch of 512 (which decided nothing) is left out."
 )
 USUAL = {"sgd": 0.1, "adamw": 0.001, "novograd": 0.01}
 FACTORS = tuple(10 ** (i / 2) for i in range(-3, 4))

@@ -74,6 +74,7 @@ def command(data: str | None, out: str | None, resume: str | None, as_json: bool
         )  # fmt: skip
         tell(found)
         result = train(asked_for, found, folder=folder, progress=bar, began=began)
+    result.run.processes.close()
     if result.run.rank == 0:
         report = write_run_report(result)
         result.seconds["total"] = time.monotonic() - began

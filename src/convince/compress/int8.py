@@ -28,7 +28,7 @@ CARD = Card(
     url="https://arxiv.org/abs/1806.08342",
     departs=(
         "codes are multiplied in the run's floating-point format, where products of centred codes are exact, not by an integer kernel: torch has no"
-        " public int8 convolution, so files shrink four times and answers do not get faster",
+        " public int8 convolution, so files shrink four times but answers get no faster, and with 8-bit activations slower; 'compress' prints both",
         "an activation is quantised where a layer reads it and where a residual sum reads or returns it; values that only flow through"
         " concatenations, gates and sums inside one function stay in floating point",
         "codes of fewer than 8 bits take a whole byte each",

@@ -57,7 +57,7 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
         ahead = _stages_before(run)
         while (stage := _stage(run, ahead)) is not None:
             _train_stage(run, stage, saver, progress)
-            run.stage_number, run.epoch, run.step = run.stage_number + 1, 0, 0
+            run.stage_number, run.epoch, run.step, run.stage_steps = run.stage_number + 1, 0, 0, 0
             run.optimizer = None
         run.stage = Stage("end", 0)
         for seat in run.team.seats_with("on_end"):
@@ -136,27 +136,28 @@ def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None
     if not fresh and resumed is not None:
         load_optimizer(run.optimizer, {p: n for n, p in named(run)}, resumed["optimizer"])
     first_epoch, first_step = run.epoch, run.step
-    for epoch in range(first_epoch, stage.epochs):
-        if run.stopped:
-            break
+    epoch = first_epoch
+    while not run.stopped and (epoch < stage.epochs if stage.steps is None else run.stage_steps < stage.steps):
         run.epoch = epoch
         rows = _order(run, stage)
         batches = _batches(rows, run.settings.batch or 64)
-        done = epoch * len(batches)
-        total = int(min(len(batches) * stage.epochs, stage.steps or math.inf))
-        batches = batches[: max(0, total - done)]
+        if not batches:
+            raise Mistake(f"the stage {stage.name!r} has no samples to train on")
         begin = first_step if epoch == first_epoch else 0
+        total = len(batches) * stage.epochs
+        if stage.steps is not None:
+            total, batches = stage.steps, batches[: begin + stage.steps - run.stage_steps]
         for step, batch in enumerate(_load(run, stage, batches[begin:], rows.shape[1] if rows.dim() == 2 else 1), begin):
             run.step = step
-            _step(run, stage, batch, saver, (done + step) / max(total, 1))
+            _step(run, stage, batch, saver, run.stage_steps / total)
             saver.save(epoch, step + 1)
             if progress is not None:
-                progress(done + step + 1, total, f"{stage.name} {epoch + 1}/{stage.epochs}")
+                progress(run.stage_steps, total, f"{stage.name}, epoch {epoch + 1}")
         run.step = len(batches)
-        if len(batches):
-            _end_epoch(run, stage, saver)
-            saver.tally.zero_()
-            saver.save(epoch + 1, 0, now=True)
+        _end_epoch(run, stage, saver)
+        saver.tally.zero_()
+        epoch += 1
+        saver.save(epoch, 0, now=True)
 
 
 def _order(run: Run, stage: Stage) -> Tensor:
@@ -194,14 +195,14 @@ def _step(run: Run, stage: Stage, batch: Batch, saver: Saver, progress: float) -
     run.batch = batch
     for seat in run.team.seats_with("on_batch", stage):
         seat.technique.on_batch(run)
-    run.batch, share = run.processes.shard(run.batch)
+    run.batch, run.share = run.processes.shard(run.batch)
     assert run.optimizer is not None
     run.optimizer.zero_grad(set_to_none=True)
     grad: Callable[[], None] = partial(_grad, run, stage)
     for seat in reversed(run.team.seats_with("around_grad", stage)):
         grad = partial(seat.technique.around_grad, run, grad)
     grad()
-    run.processes.average([p for _, p in named(run)], share)
+    run.processes.average([p for _, p in named(run)], run.share)
     for seat in run.team.seats_with("on_grad", stage):
         seat.technique.on_grad(run)
     for group in run.optimizer.param_groups:
@@ -209,6 +210,7 @@ def _step(run: Run, stage: Stage, batch: Batch, saver: Saver, progress: float) -
     owner = run.team.owner("update", stage)
     run.optimizer.step() if owner is None else owner.update(run)
     run.steps_done += 1
+    run.stage_steps += 1
     with torch.no_grad():
         n = len(run.batch.x)
         right = 0
@@ -239,11 +241,11 @@ def soft_cross_entropy(run: Run, out: Out, batch: Batch) -> Tensor:
 
 
 def factor(schedule: str, warmup: float, progress: float) -> float:
-    """The learning rate's factor at ``progress`` 0 to 1: linear warm-up, then cosine to 0 or constant."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
+    """The learning rate's factor at ``progress`` 0 to 1: "constant" is 1; "cosine" warms up linearly, then falls to 0."""
     if schedule == "constant":
         return 1.0
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
 
 
@@ -263,15 +265,15 @@ def plain_sgd(run: Run, params: list[tuple[str, nn.Parameter]]) -> torch.optim.O
         {"params": [p for _, p in params if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=settings.lr or 0.1, momentum=0.9, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=settings.lr or 0.1, momentum=0.9, nesterov=True, fused=True)
+    for _, p in params:  # the fused step fails where only some parameters have had a gradient so far
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def _end_epoch(run: Run, stage: Stage, saver: Saver) -> None:
     run.processes.average_buffers(run.model)
-    if run.world > 1:
-        torch.distributed.all_reduce(saver.tally)
-    loss, right, rows = saver.tally.tolist()
+    loss, right, rows = run.processes.total(saver.tally).tolist()
     if not math.isfinite(loss):
         raise Mistake(f"the loss is {loss / rows:g} after epoch {run.epoch + 1} of {stage.name!r}; lower --lr or switch off the part that causes it")
     for seat in run.team.seats_with("on_epoch", stage):

@@ -50,7 +50,7 @@ class World:
         if self.size == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=_wire())
         dist.all_reduce(has, dist.ReduceOp.MAX)
         for p, any_has in zip(parameters, has.tolist(), strict=True):
             if any_has and p.grad is None:
@@ -80,6 +80,7 @@ class World:
         """Rows of all processes, in rank order; processes may hold different numbers of rows."""
         if self.size == 1:
             return tensor
+        home, tensor = tensor.device, tensor.to(_wire())
         count = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)
         count[self.rank] = len(tensor)
         dist.all_reduce(count)
@@ -87,11 +88,26 @@ class World:
         padded[: len(tensor)] = tensor
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(rows, padded)
-        return torch.cat([r[:n] for r, n in zip(rows, count.tolist(), strict=True)])
+        return torch.cat([r[:n] for r, n in zip(rows, count.tolist(), strict=True)]).to(home)
 
-    def barrier(self) -> None:
-        if self.size > 1:
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.to(_wire(), copy=True)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def close(self) -> None:
+        """Wait for the others and leave; a process that just exits takes its neighbours down."""
+        if self.size > 1 and dist.is_initialized():
             dist.barrier()
+            dist.destroy_process_group()
+
+
+def _wire() -> str:
+    """Where tensors must lie to be sent: nccl moves only what is on the GPU."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def world() -> World:

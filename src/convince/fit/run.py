@@ -64,8 +64,10 @@ class Run:
         self.loss: Tensor = torch.zeros(())
         self.stage: Stage = Stage("start", 0)
         self.stage_number, self.epoch, self.step = 0, 0, 0
-        self.images = 0  # rows through the network in training mode
-        self.steps_done = 0
+        self.images = 0  # rows through the network in training mode, of all processes
+        self.share = 1.0  # of the global batch that this process holds
+        self.steps_done = 0  # in all stages
+        self.stage_steps = 0  # in this stage
         self.stopped = False
         self._scores: dict[str, Scores] = {}
         self._taps: dict[str, Tensor] = {}
@@ -85,7 +87,7 @@ class Run:
 
     def forward(self, x: Tensor) -> Out:
         """One pass of the network on [0, 1] pixels: fp32 logits and the last features. Rows are counted."""
-        self.images += len(x) * self.world
+        self.images += round(len(x) / self.share)
         with self.plan.autocast():
             x = self.normalise(x)
             if not FEATURES["forward_features"](self.model):

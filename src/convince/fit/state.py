@@ -159,7 +159,7 @@ def run_state(run: Run) -> dict[str, Any]:
     names = {p: n for n, p in named(run)}
     return {
         "place": [run.stage_number, run.epoch, run.step],
-        "counts": {"images": run.images, "steps": run.steps_done, "rows": len(run.record.rows), "stopped": run.stopped},
+        "counts": {"images": run.images, "steps": run.steps_done, "stage": run.stage_steps, "rows": len(run.record.rows), "stopped": run.stopped},
         "edits": run.edits,
         "model": dict(run.model.state_dict()),
         "extra": dict(run.extra.state_dict()),
@@ -186,7 +186,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
         seat.technique.restore(run, state["parts"].get(seat.name, {}))
     run.stage_number, run.epoch, run.step = state["place"]
     counts = state["counts"]
-    run.images, run.steps_done, run.stopped = counts["images"], counts["steps"], counts["stopped"]
+    run.images, run.steps_done, run.stage_steps, run.stopped = counts["images"], counts["steps"], counts["stage"], counts["stopped"]
     run.record.cut(counts["rows"])
 
 

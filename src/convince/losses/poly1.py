@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ def _same_shape(logits: Tensor, y: Tensor) -> None:
 class Poly1(nn.Module):
     """:func:`poly1_cross_entropy` as a loss; about 2 suits ImageNet classifiers in the paper, ``epsilon=0`` is off."""
 
-    def __init__(self, epsilon: float = 1.0, reduction: Literal["mean", "sum", "none"] = "mean") -> None:
+    def __init__(self, epsilon: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
         if not math.isfinite(epsilon):
             raise Mistake(f"poly1: epsilon={epsilon}: must be a finite number; 1 or 2 is usual, 0 is plain cross-entropy")

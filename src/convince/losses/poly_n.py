@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, final
+from typing import final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ CARD = Card(
 class PolyN(nn.Module):
     """:func:`convince.losses.poly1.poly_n` as a loss; ``epsilon=()`` is plain cross-entropy."""
 
-    def __init__(self, epsilon: tuple[float, ...] = (1.0, 1.0), reduction: Literal["mean", "sum", "none"] = "mean") -> None:
+    def __init__(self, epsilon: tuple[float, ...] = (1.0, 1.0), reduction: str = "mean") -> None:
         super().__init__()
         if not isinstance(epsilon, (tuple, list)) or not all(math.isfinite(e) for e in epsilon):
             raise Mistake(f"poly-n: epsilon={epsilon}: must be finite numbers in brackets, the shifts of (1 - Pt), (1 - Pt)^2 ...; write epsilon=(1,0.5)")

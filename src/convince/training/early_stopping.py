@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal, final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -48,10 +48,10 @@ class EarlyStopping(Technique):
     """
 
     patience: float = 10
-    metric: Literal["log_loss", "accuracy"] = "log_loss"
+    metric: str = "log_loss"
     min_delta: float = 0.0
     best: float = field(default=math.inf, init=False, repr=False, compare=False)
-    stage: int = field(default=-1, init=False, repr=False, compare=False)
+    at: int = field(default=-1, init=False, repr=False, compare=False)
     epoch: int = field(default=0, init=False, repr=False, compare=False)
     waited: int = field(default=0, init=False, repr=False, compare=False)
     weights: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -70,7 +70,7 @@ class EarlyStopping(Technique):
             raise Mistake("early-stopping needs a validation part and this data has none; give --val 0.1 or leave the part out")
 
     def on_stage(self, run: Run) -> None:
-        self.stage, self.best, self.epoch, self.waited, self.weights = run.stage_number, math.inf, 0, 0, {}
+        self.at, self.best, self.epoch, self.waited, self.weights = run.stage_number, math.inf, 0, 0, {}
 
     def on_epoch(self, run: Run) -> None:
         if math.isinf(self.patience):
@@ -85,7 +85,7 @@ class EarlyStopping(Technique):
             run.stop()
 
     def on_end(self, run: Run) -> None:
-        if self.weights and self.stage == run.stage_number - 1 and fits(self.weights, run.model.state_dict()):
+        if self.weights and self.at == run.stage_number - 1 and fits(self.weights, run.model.state_dict()):
             run.model.load_state_dict(self.weights)
             run.report("best epoch", self.epoch + 1, "epochs")
             run._scores.clear()  # scores of the last epoch's weights are not this network's
@@ -94,10 +94,10 @@ class EarlyStopping(Technique):
     def state(self) -> dict[str, Any]:
         if not self.weights:
             return {}
-        return {"stage": self.stage, "best": self.best, "epoch": self.epoch, "waited": self.waited, "weights": dict(self.weights)}
+        return {"stage": self.at, "best": self.best, "epoch": self.epoch, "waited": self.waited, "weights": dict(self.weights)}
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
-        self.stage, self.best, self.epoch = state.get("stage", -1), state.get("best", math.inf), state.get("epoch", 0)
+        self.at, self.best, self.epoch = state.get("stage", -1), state.get("best", math.inf), state.get("epoch", 0)
         self.waited, self.weights = state.get("waited", 0), state.get("weights", {})
 
 

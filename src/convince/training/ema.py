@@ -63,7 +63,7 @@ class Ema(Technique):
     decay: float = 0.999
     updates: int = field(default=0, init=False, repr=False, compare=False)
     average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    stage: int = field(default=-1, init=False, repr=False, compare=False)
+    at: int = field(default=-1, init=False, repr=False, compare=False)
     run: Run | None = field(default=None, init=False, repr=False, compare=False)
     rank = 90
 
@@ -75,7 +75,7 @@ class Ema(Technique):
         self.run, self.updates, self.average = run, 0, {}
 
     def on_stage(self, run: Run) -> None:
-        self.stage, self.updates, self.average = run.stage_number, 0, {}
+        self.at, self.updates, self.average = run.stage_number, 0, {}
         follow(self.average, run.model.state_dict(), 0.0)
 
     def on_step(self, run: Run) -> None:
@@ -95,14 +95,14 @@ class Ema(Technique):
 
     @torch.no_grad()
     def on_end(self, run: Run) -> None:
-        for name, tensor in run.model.state_dict().items() if self.stage == run.stage_number - 1 else ():
+        for name, tensor in run.model.state_dict().items() if self.at == run.stage_number - 1 else ():
             if name in self.average and self.average[name].shape == tensor.shape:
                 tensor.copy_(self.average[name])
         self.average = {}
 
     def state(self) -> dict[str, Any]:
-        return {"stage": self.stage, "updates": self.updates, "average": dict(self.average)} if self.average else {}
+        return {"stage": self.at, "updates": self.updates, "average": dict(self.average)} if self.average else {}
 
     def restore(self, run: Run, state: dict[str, Any]) -> None:
-        self.stage, self.updates, live = state.get("stage", -1), state.get("updates", 0), run.model.state_dict()
+        self.at, self.updates, live = state.get("stage", -1), state.get("updates", 0), run.model.state_dict()
         self.average = {name: torch.empty_like(live[name]).copy_(kept) for name, kept in state.get("average", {}).items()}
