@@ -106,12 +106,18 @@ def test_one_box_and_one_permutation_for_the_batch():
 
 
 def test_lambda_is_beta():
-    """alpha = 1: the share asked for is uniform, so before clipping a quarter of the boxes is smaller than a quarter; alpha large: about half."""
-    x, y = coded(2, 64, 64)
-    x, y = x.flip(0), y.flip(0)
-    shares = torch.tensor([1 - float(cutmix(x, y, generator("beta", i), alpha=1e4)[1].max(1).values.mean()) for i in range(200)])
-    assert float(shares.max()) <= 0.51  # half of the image at most, less where the box is cut off or the partner is the image itself
-    assert float(shares.max()) > 0.45
+    """alpha 10,000: lambda is about a half, so no box is larger; alpha 1: boxes of up to nearly the whole image occur."""
+    y = torch.eye(2, dtype=torch.float64)
+    x = torch.zeros(2, 1, 64, 64, dtype=torch.float64)
+
+    def shares(alpha):
+        mixed = [cutmix(x, y, generator("beta", i), alpha=alpha)[1] for i in range(200)]
+        return torch.tensor([float(soft[0, 1]) for soft in mixed])
+
+    narrow, wide = shares(1e4), shares(1.0)
+    assert 0.45 < float(narrow.max()) < 0.51
+    assert float(wide.max()) > 0.8
+    assert 0.25 < float((wide > 0).double().mean()) < 0.65  # half of the permutations of two swap them
 
 
 def test_prob_is_the_share_of_mixed_batches():

@@ -101,9 +101,9 @@ def test_beside_ema_the_averaged_weights_are_kept():
     assert not equal(bits(run.model), kept[1])
 
 
-@pytest.mark.parametrize("at", [6, 12, 17])
+@pytest.mark.parametrize("at", [2, 6, 12, 17])
 def test_resume(tmp_path, at):
-    """Killed before, at and after the best epoch, the run stops at the same epoch with equal bits."""
+    """Killed in the first epoch, before, at and after the best epoch, the run stops at the same epoch with equal bits."""
     values = [5, 4, 3, 3, 3.5, 1, 1, 1, 1]
     whole = ready("early-stopping:patience=2")
     scripted(whole, values)

@@ -109,7 +109,7 @@ def test_resume(tmp_path, at):
     again = ready("ema")
     fit(again, tmp_path / "c")
     assert not equal(bits(whole.model), bits(again.model))
-    assert [r for r in whole.record.rows if r["kind"] == "epoch"] == [r for r in again.record.rows if r["kind"] == "epoch"] or len(again.record.rows) < 2
+    assert whole.record.rows[-1] == again.record.rows[-1]
 
 
 def test_reload(tmp_path):

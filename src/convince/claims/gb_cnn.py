@@ -51,7 +51,7 @@ class Grown(Technique):
 
 def plain(data: Data, model: str, part: str, layers: int, epochs: int, seed: int) -> Run:
     """A run of the grown network with cross-entropy."""
-    run = prepare(settings(model=model, epochs=epochs, batch=32, seed=seed, augment="none", schedule="constant", warmup=0.0), data)
+    run = prepare(settings(model=model, epochs=epochs, batch=32, seed=seed, augment="none", schedule="constant"), data)
     run.team = Team([Seat(Card(part="grown", kind="technique", title="all layers at once"), {}, Grown(part, layers))])
     fit(run)
     return run
@@ -59,7 +59,7 @@ def plain(data: Data, model: str, part: str, layers: int, epochs: int, seed: int
 
 def boosted(bench: Bench, data: Data, model: str, part: str, epochs: int, eta: float, seed: int) -> Any:
     spec = f"{part}:rounds={ROUNDS},units={UNITS},eta={eta},inner_epochs={epochs}"
-    return bench.train(data, model=model, parts=(spec,), epochs=ROUNDS * epochs, batch=32, warmup=0.0, seed=seed)
+    return bench.train(data, model=model, parts=(spec,), epochs=ROUNDS * epochs, batch=32, seed=seed)
 
 
 def falls(run: Run) -> float:

@@ -32,7 +32,6 @@ CARD = Card(
     tiny={"rounds": 2, "units": 4},
     departs=(
         "the run's --epochs (or steps) are shared by the rounds; the release allows each round 200 epochs (inner_epochs=200)",
-        "each round begins with the run's warm-up of the learning rate (--warmup 0 is the paper's)",
         "the trunk is any network with a linear head: its pooled features take the place of the flat ones; --model gb-trunk is the paper's",
         "two classes are treated as K = 2; the paper has a form with one output for them",
         "batch statistics move by 0.1 with epsilon 1e-5; Keras moves them by 0.01 with 1e-3",

@@ -25,7 +25,6 @@ CARD = Card(
     departs=(
         "the first dense layer is the network's own trunk; --model mlp:hidden=(20,) is the paper's",
         "the run's --epochs (or steps) are shared by the rounds; the release allows each round 200 epochs (inner_epochs=200)",
-        "each round begins with the run's warm-up of the learning rate (--warmup 0 is the paper's)",
         "two classes are treated as K = 2; the paper has a form with one output for them",
         "batch statistics move by 0.1 with epsilon 1e-5; Keras moves them by 0.01 with 1e-3",
     ),

@@ -133,7 +133,7 @@ class _Seen:
         return abs(math.log(height / h) - math.log(width / w))
 
 
-def find_layer(answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tensor, " n"], layer: str | None = None, who: str = "grad-cam") -> Layer:
+def find_layer(answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"], layer: str | None = None, who: str = "grad-cam") -> Layer:
     """The layer called ``layer`` (the end of its name is enough), or the last spatial one that the score depends on.
 
     Looks at one pass of one image. Where patches have a class token before them, a layer whose
@@ -246,7 +246,7 @@ class GradCam(Explainer):
     upsample: bool = True
     counterfactual: bool = False
 
-    def explain(self, answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tensor, " n"]) -> Explanation:
+    def explain(self, answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"]) -> Explanation:
         differentiable(answer, "grad-cam")
         layer = find_layer(answer, x, target, self.layer)
         activations, gradients = maps_and_gradients(answer, x, target, layer)

@@ -68,7 +68,7 @@ class guided_relus(TorchFunctionMode):
         return a.copy_(out) if inplace else out
 
 
-def guided_backprop(answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
+def guided_backprop(answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
     """The guided gradient of each image's own target score. ``x`` must require grad, the answer be in eval mode.
 
     Raises Mistake for an answer without a ReLU: its guided gradient would be the plain one.

@@ -1,4 +1,7 @@
-"""How well a map [n 1 h w] finds a marked region: energy, pointing, boxes. Shared by the explainers' claims and tests."""
+"""How well a map [n 1 h w] finds a marked region: energy, pointing, boxes. Shared by the explainers' claims and tests.
+
+Masks are bool [n 1 h w], true inside; one of another shape is a Mistake.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def _checked(found: Tensor, mask: Tensor) -> Tensor:
     return mask.to(torch.bool)
 
 
-def energy_in_mask(found: Float[Tensor, "n 1 h w"], mask: Bool[Tensor, "n 1 h w"]) -> Float[Tensor, " n"]:
+def energy_in_mask(found: Float[Tensor, "n 1 h w"], mask: Tensor) -> Float[Tensor, " n"]:
     """The share of a map's positive part that lies inside the mask, 0 to 1.
 
     A map without a positive value points nowhere: it counts as an even one, the mask's share of the area.
@@ -28,7 +31,7 @@ def energy_in_mask(found: Float[Tensor, "n 1 h w"], mask: Bool[Tensor, "n 1 h w"
     return torch.where(total > 0, (positive * inside).sum(1) / total.where(total > 0, torch.ones_like(total)), inside.mean(1))
 
 
-def pointing_hit(found: Float[Tensor, "n 1 h w"], mask: Bool[Tensor, "n 1 h w"]) -> Bool[Tensor, " n"]:
+def pointing_hit(found: Float[Tensor, "n 1 h w"], mask: Tensor) -> Bool[Tensor, " n"]:
     """Does the map's largest value lie inside the mask? A constant map points nowhere: no hit."""
     mask = _checked(found, mask)
     flat = found.flatten(1)
@@ -64,7 +67,7 @@ def iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "n 4"]) -> Float[Tensor, " n"]
     return torch.where(union > 0, shared / union.clamp_min(1e-12), torch.zeros_like(union))
 
 
-def bias_audit(found: Float[Tensor, "n 1 h w"], artefact: Bool[Tensor, "n 1 h w"]) -> dict[str, float]:
+def bias_audit(found: Float[Tensor, "n 1 h w"], artefact: Tensor) -> dict[str, float]:
     """Does a network look at an artefact (a label, a ruler)? Mean share of energy in it, its share of the area, and hits."""
     artefact = _checked(found, artefact)
     return {

@@ -23,7 +23,7 @@ CARD = Card(
 )
 
 
-def input_gradient(answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tensor, " n"], who: str = "saliency") -> Float[Tensor, "n c h w"]:
+def input_gradient(answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"], who: str = "saliency") -> Float[Tensor, "n ..."]:
     """dY/dx of each image's own target score; ``x`` must require grad and the answer be in eval mode."""
     scores = answer(x)
     must_reach(scores, who)
@@ -31,7 +31,7 @@ def input_gradient(answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[T
     return gradient
 
 
-def saliency(gradient: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 h w"]:
+def saliency(gradient: Float[Tensor, "n c ..."]) -> Float[Tensor, "n 1 ..."]:
     """Section 3.1: ``max_c |dY/dx_c|``, the largest change over a pixel's channels."""
     return gradient.abs().amax(1, keepdim=True)
 

@@ -62,6 +62,7 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
         run.stage = Stage("end", 0)
         for seat in run.team.seats_with("on_end"):
             seat.technique.on_end(run)
+        run.forget_scores()
         run.processes.average_buffers(run.model)
         run.record.close()
 
@@ -191,7 +192,7 @@ def _load(run: Run, stage: Stage, batches: list[Tensor], group: int) -> Iterator
 
 def _step(run: Run, stage: Stage, batch: Batch, saver: Saver, progress: float) -> None:
     run.seed_step("model")
-    run._scores.clear()
+    run.forget_scores()
     run.batch = batch
     for seat in run.team.seats_with("on_batch", stage):
         seat.technique.on_batch(run)

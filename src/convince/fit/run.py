@@ -155,6 +155,10 @@ class Run:
                 self._scores[split] = score(self.answer, self.data, self.data.split[split], self.plan, self.processes)
         return self._scores[split]
 
+    def forget_scores(self) -> None:
+        """The weights moved: scores are worked out anew when they are next asked for."""
+        self._scores.clear()
+
     def require(self, *features: str) -> None:
         """Refuse in words a network that lacks what a part needs: ``run.require("conv-bn")``."""
         for feature in features:

@@ -106,7 +106,7 @@ class Seat:
     def has(self, method: str) -> bool:
         """True where the technique writes this hook, list or slot itself."""
         own = getattr(type(self.technique), method, None)
-        return own is not None and own is not getattr(Technique, method, None)
+        return callable(own) and own is not getattr(Technique, method, None)
 
     @property
     def claims(self) -> tuple[str, ...]:

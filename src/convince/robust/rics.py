@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ CARD = Card(
 )
 
 LEVELS = 255  # pixels are compared as whole numbers, 0 to 255
-Score = Literal["random", "contrast"]
 
 
 # -- the score ---------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ class CropChosen(nn.Module):
         """The chosen crops, not enlarged."""
         return cut(x, *self.place(x), self.sides(x))
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+    def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n k"]:
         side, whole = self.sides(x), (x.shape[2], x.shape[3])
         if side == whole:
             return self.answer(x)
@@ -236,7 +235,7 @@ class Rics(Predictor):
     """
 
     crop: float | int | None = None
-    score: Score = "random"
+    score: str = "random"
     patch: int = 5
     seed: int = 0
     cyclic: bool = False

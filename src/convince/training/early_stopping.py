@@ -88,11 +88,11 @@ class EarlyStopping(Technique):
         if self.weights and self.at == run.stage_number - 1 and fits(self.weights, run.model.state_dict()):
             run.model.load_state_dict(self.weights)
             run.report("best epoch", self.epoch + 1, "epochs")
-            run._scores.clear()  # scores of the last epoch's weights are not this network's
-        self.weights = {}
+            run.forget_scores()  # scores of the last epoch's weights are not this network's
+        self.at, self.weights = -1, {}
 
     def state(self) -> dict[str, Any]:
-        if not self.weights:
+        if self.at < 0:
             return {}
         return {"stage": self.at, "best": self.best, "epoch": self.epoch, "waited": self.waited, "weights": dict(self.weights)}
 
