@@ -23,5 +23,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+docs: $(VENV)/.ready
+	$(BIN)/python docs/make_parts_page.py
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

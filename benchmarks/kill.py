@@ -75,7 +75,9 @@ def main() -> int:
             found, moments = trial(folder, draw, seconds)
             kills += len(moments)
             wrong += found != whole
-            print(f"trial {number}: killed at {', '.join(f'{m:.1f} s' for m in moments) or 'never'}: {'same bits' if found == whole else 'DIFFERENT'}", flush=True)
+            print(
+                f"trial {number}: killed at {', '.join(f'{m:.1f} s' for m in moments) or 'never'}: {'same bits' if found == whole else 'DIFFERENT'}", flush=True
+            )
     print(f"{kills} kills in {number} trials, {wrong} different")
     return 1 if wrong else 0
 

@@ -245,9 +245,7 @@ def turned() -> Iterator[Odd]:
             yield Odd(f"exif-{turn}.png", encoded(picture(), "PNG", exif=exif), "ok")
             yield Odd(f"exif-{turn}.webp", encoded(picture(), "WEBP", exif=exif), "ok")
             yield Odd(f"exif-{turn}.tif", encoded(picture(), "TIFF", exif=exif), "ok")
-    for number, junk in enumerate(
-        (b"Exif\0\0junk", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
-    ):
+    for number, junk in enumerate((b"Exif\0\0junk", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff")):
         yield Odd(f"exif-damaged-{number}.jpg", encoded(picture(), "JPEG", exif=junk), "ok")
 
 
@@ -256,7 +254,7 @@ def named() -> Iterator[Odd]:
     raw = encoded(picture(8, 8), "PNG")
     for name in (
         "two\nlines.png", "tab\there.png", "grüße ŝ.png", "猫.png", "🐈.png", "a" * 240 + ".png", "-dash.png", "--help",
-        "quote\"'.png", "semi;comma,.png", "%s%d.png", "$(echo).png", "back\\slash.png", "*.png", " lead.png", "trail .png",  # noqa: E501
+        "quote\"'.png", "semi;comma,.png", "%s%d.png", "$(echo).png", "back\\slash.png", "*.png", " lead.png", "trail .png",
     ):  # fmt: skip
         yield Odd(name, raw, "ok")
     for name in (".hidden.png", ".DS_Store", "Thumbs.db", "desktop.ini"):

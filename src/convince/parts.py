@@ -119,9 +119,7 @@ class Part:
         """The imported file. A missing optional package becomes a sentence with the remedy."""
         try:
             if not self.own:
-                return importlib.import_module(
-                    "convince." + ".".join(self.path.relative_to(PACKAGE).with_suffix("").parts)
-                )
+                return importlib.import_module("convince." + ".".join(self.path.relative_to(PACKAGE).with_suffix("").parts))
             return _import_file(self.path)
         except ModuleNotFoundError as error:
             if error.name and error.name.split(".")[0] in {need.split("[")[0].replace("-", "_") for need in self.card.needs}:
@@ -139,8 +137,7 @@ class Part:
             if plain(name) == wanted and inspect.isfunction(value):
                 return value
         raise Mistake(
-            f"{self.path}: defines nothing named like its part {self.name!r}; "
-            f"name its class {''.join(word.capitalize() for word in self.name.split('-'))}"
+            f"{self.path}: defines nothing named like its part {self.name!r}; name its class {''.join(word.capitalize() for word in self.name.split('-'))}"
         )
 
     def options(self) -> dict[str, inspect.Parameter]:

@@ -64,7 +64,7 @@ BROKEN = {
     ("study", "study runs at a tiny budget"): ('{"rows": 48}', '{"rows": "many"}'),
 }  # fmt: skip
 
-EXTRAS = '''
+EXTRAS = """
 NOISE = torch.Generator().manual_seed(0)
 
 
@@ -75,7 +75,7 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.answer(x) * (1 + self.by)
-'''
+"""
 
 
 @pytest.fixture

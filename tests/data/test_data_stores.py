@@ -67,9 +67,7 @@ def test_a_file_that_vanishes_later_is_named(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize(
-    "harm", ["none", "cut", "flip", "empty", "swap", "delete pixels", "delete ledger", "ledger junk"]
-)
+@pytest.mark.parametrize("harm", ["none", "cut", "flip", "empty", "swap", "delete pixels", "delete ledger", "ledger junk"])
 def test_damaged_caches_are_made_anew(photos: Path, own_cache: Path, harm: str, mapped: bool) -> None:
     options = {"size": 24, "memory_bytes": 0} if mapped else {"size": 24}
     first = load(photos, **options)
@@ -178,9 +176,7 @@ def test_mean_is_of_the_training_part_only() -> None:
 @given(st.integers(0, 5), st.integers(1, 3), st.integers(1, 40), st.integers(0, 2**31))
 def test_pixel_sums_are_exact(n: int, channels: int, side: int, seed: int) -> None:
     x = torch.randint(0, 256, (n, channels, 7, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    assert pixel_sums(torch.full((1, 1, 32, side), 255, dtype=torch.uint8)).tolist() == [
-        [[255 * 32 * side, 65025 * 32 * side]]
-    ]
+    assert pixel_sums(torch.full((1, 1, 32, side), 255, dtype=torch.uint8)).tolist() == [[[255 * 32 * side, 65025 * 32 * side]]]
     wide = x.double().flatten(2)
     assert torch.equal(pixel_sums(x).double(), torch.stack([wide.sum(-1), wide.pow(2).sum(-1)], -1))
 
@@ -221,9 +217,7 @@ def test_duplicates_across_the_split(photos: Path) -> None:
     assert data.duplicates
     part = {data.names[row]: name for name in ("train", "val", "test") for row in data.split[name].tolist()}
     wanted = {
-        frozenset((f"cat/{n}.png", f"dog 2/copy-{n}.bmp"))
-        for n in range(10)
-        if (part[f"cat/{n}.png"] == "train") != (part[f"dog 2/copy-{n}.bmp"] == "train")
+        frozenset((f"cat/{n}.png", f"dog 2/copy-{n}.bmp")) for n in range(10) if (part[f"cat/{n}.png"] == "train") != (part[f"dog 2/copy-{n}.bmp"] == "train")
     }
     assert {frozenset(pair) for pair in data.duplicates} == wanted
     assert all(part[a] == "train" and part[b] in ("val", "test") for a, b in data.duplicates)

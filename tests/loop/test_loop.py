@@ -23,9 +23,7 @@ def run_with(*techniques, cards=None, **changes):
     """A run with these technique objects seated by hand."""
     chosen = settings(**{"model": MODEL, "batch": 8, "epochs": 2, "lr": 0.05, "precision": "fp32", "augment": "none", "checkpoint_seconds": 0, **changes})
     run = prepare(chosen, tiny_images())
-    seats = [
-        Seat((cards or {}).get(type(t).__name__) or Card(part=type(t).__name__.lower(), kind="technique", title="for a test"), {}, t) for t in techniques
-    ]
+    seats = [Seat((cards or {}).get(type(t).__name__) or Card(part=type(t).__name__.lower(), kind="technique", title="for a test"), {}, t) for t in techniques]
     run.team = Team(seats, gives=("images", "labels", "logits"))
     return run
 

@@ -66,7 +66,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(Mistake, match="model.safetensors"):
+    with pytest.raises(Mistake, match=r"model\.safetensors"):
         read_tree(path)
 
 
@@ -94,7 +94,9 @@ def train_some(optimizer, net, x, steps):
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
-@pytest.mark.parametrize("make", ["SGD", "AdamW", "RMSprop", "Adagrad", "Adafactor", "NAdam", "timm/lamb", "timm/adan", "timm/kron", "timm/lion", "timm/adafactor"])
+@pytest.mark.parametrize(
+    "make", ["SGD", "AdamW", "RMSprop", "Adagrad", "Adafactor", "NAdam", "timm/lamb", "timm/adan", "timm/kron", "timm/lion", "timm/adafactor"]
+)
 def test_optimiser_state_goes_on_exactly(make, tmp_path):
     def new():
         torch.manual_seed(0)

@@ -39,9 +39,7 @@ def test_ticks_are_round_numbers() -> None:
 
 
 def test_a_line_goes_where_it_should() -> None:
-    chart = figures.line_chart(
-        [Series("a", [1, 2, 3], [0.0, 0.5, 1.0])], title="t", width=420, height=236, y_range=(0, 1)
-    )
+    chart = figures.line_chart([Series("a", [1, 2, 3], [0.0, 0.5, 1.0])], title="t", width=420, height=236, y_range=(0, 1))
     # the plot spans x 46 to 336 and y 204 (zero) to 12 (one)
     assert attributes(chart, "line")[0]["d"] == "M46 204L191 108L336 12"
     assert [(c["cx"], c["cy"]) for c in attributes(chart, "hit")] == [("46", "204"), ("191", "108"), ("336", "12")]

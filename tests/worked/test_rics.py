@@ -201,7 +201,7 @@ def test_off_is_the_answer_itself_and_wrapping_is_inert() -> None:
 
 def test_sizes_as_pixels_shares_and_default() -> None:
     net = seeded(Sees)
-    assert Rics().wrap(net).chosen(noise(2, 8)).shape == (2, 1, 6, 6)
+    assert Rics().wrap(net).chosen(noise(2, 8)).shape == (2, 1, 7, 7)
     assert Rics(crop=0.5).wrap(net).chosen(noise(2, 28)).shape == (2, 1, 14, 14)
     assert Rics(crop=10).wrap(net).chosen(noise(2, 28)).shape == (2, 1, 10, 10)
     assert Rics(crop=0.5).wrap(net).chosen(torch.rand(2, 1, 20, 30)).shape == (2, 1, 10, 15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import final
 
@@ -27,7 +28,7 @@ class MLP(nn.Module):
         super().__init__()
         self.num_classes, self.num_features, self.in_chans = num_classes, hidden[-1], in_chans
         sizes = [in_chans, *hidden]
-        self.hidden = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())))
+        self.hidden = nn.Sequential(*(m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))
         self.fc = nn.Linear(hidden[-1], num_classes)
 
     def forward_features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:

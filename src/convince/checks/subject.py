@@ -55,9 +55,8 @@ def tiny_table() -> Data:
     y = torch.tensor([0, 1, 0, 2, 0, 1, 1, 0] * 6)
     x = torch.randn(48, 5, generator=gen) + y[:, None]
     rows = torch.randperm(48, generator=gen)
-    return Data(
-        MemoryStore(x), y, Split(rows[:32], rows[32:40], rows[40:]), ("a", "b", "c"), Preprocess("table", 5, (), "", (1.0,) * 5, (1.0,) * 5), origin="tiny table"
-    )  # fmt: skip
+    preprocess = Preprocess("table", 5, (), "", (1.0,) * 5, (1.0,) * 5)
+    return Data(MemoryStore(x), y, Split(rows[:32], rows[32:40], rows[40:]), ("a", "b", "c"), preprocess, origin="tiny table")
 
 
 class Subject:
@@ -84,7 +83,18 @@ class Subject:
 
     def settings(self, **changes: Any) -> Settings:
         """Two epochs of four steps on one thread's worth of images, fp32."""
-        return settings(**{"model": TABLE_MODEL if self.table else MODEL, "batch": 8, "epochs": 2, "lr": 0.05, "precision": "fp32", "augment": "none", "checkpoint_seconds": 0, **changes})
+        return settings(
+            **{
+                "model": TABLE_MODEL if self.table else MODEL,
+                "batch": 8,
+                "epochs": 2,
+                "lr": 0.05,
+                "precision": "fp32",
+                "augment": "none",
+                "checkpoint_seconds": 0,
+                **changes,
+            }
+        )
 
     def make(self, **options: Any) -> Any:
         return self.part.load()(**{**self.options, **options})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 
 import numpy as np
 import torch
@@ -111,10 +112,8 @@ def check_resume_gives_the_same_bits(s: Subject) -> None:
             if steps == at:
                 raise _Killed
 
-        try:
+        with contextlib.suppress(_Killed):
             fit(s.run(s.spec), path, stop)
-        except _Killed:
-            pass
         again = s.run(s.spec)
         fit(again, path)
         differs = equal(bits(whole.answer), bits(again.answer))

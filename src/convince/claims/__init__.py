@@ -142,7 +142,7 @@ def prove(paper: str, *, scale: str = "small", fresh: bool = False, say: Callabl
     if paper not in known():
         raise Mistake(f"no claim is known for {paper!r}{nearest(paper, known())} Known: {', '.join(known())}")
     claim = importlib.import_module("convince.claims." + paper.replace("-", "_"))
-    source = hashlib.sha256(Path(claim.__file__).read_bytes()).hexdigest()
+    source = hashlib.sha256((HERE / f"{paper.replace('-', '_')}.py").read_bytes()).hexdigest()
     from convince.data.cache import cache_folder
     from convince.fit.folder import environment
 

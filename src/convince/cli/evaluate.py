@@ -40,4 +40,8 @@ def command(run: str, data: str | None, trust: bool, as_json: bool) -> None:
         "weights_sha256": weights_sha256(loaded.answer),
     }
     low, high = scores.accuracy_interval
-    emit(result, as_json, f"{scores.accuracy:.1%} of {scores.n} right (95 % interval {low:.1%} to {high:.1%}), log loss {scores.log_loss:.3f} nats, ECE {scores.ece:.3f}")
+    emit(
+        result,
+        as_json,
+        f"{scores.accuracy:.1%} of {scores.n} right (95 % interval {low:.1%} to {high:.1%}), log loss {scores.log_loss:.3f} nats, ECE {scores.ece:.3f}",
+    )

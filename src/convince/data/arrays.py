@@ -66,9 +66,7 @@ def samples_tensor(x: Any, origin: str) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise Mistake(f"{origin}: samples of type {array.dtype} are not numbers; give uint8 pixels or float features")
     if array.ndim not in (2, 3, 4):
-        raise Mistake(
-            f"{origin}: samples have shape {array.shape}; a table is [N d], images are [N h w], [N h w c] or [N c h w]"
-        )
+        raise Mistake(f"{origin}: samples have shape {array.shape}; a table is [N d], images are [N h w], [N h w c] or [N c h w]")
     if 0 in array.shape:
         raise Mistake(f"{origin}: samples have shape {array.shape}, so there is nothing in them")
     if array.dtype.kind == "f":
@@ -94,16 +92,10 @@ def _pixels(array: np.ndarray, origin: str) -> np.ndarray:
     low, high = array.min(), array.max()
     if array.dtype.kind == "f":
         if low < 0 or high > 1:
-            raise Mistake(
-                f"{origin}: float pixels must lie in [0, 1]; these span {low:g}..{high:g}. "
-                "Divide by their largest value, or give uint8 pixels"
-            )
+            raise Mistake(f"{origin}: float pixels must lie in [0, 1]; these span {low:g}..{high:g}. Divide by their largest value, or give uint8 pixels")
         return np.rint(array * np.float32(255)).astype(np.uint8)
     if array.dtype.kind == "b" or low < 0 or high > 255:
-        raise Mistake(
-            f"{origin}: whole-number pixels must lie in 0..255; these are {array.dtype}, {low}..{high}. "
-            "Scale them to uint8, or to float in [0, 1]"
-        )
+        raise Mistake(f"{origin}: whole-number pixels must lie in 0..255; these are {array.dtype}, {low}..{high}. Scale them to uint8, or to float in [0, 1]")
     return array.astype(np.uint8)
 
 
@@ -218,9 +210,7 @@ def _pair(keys: Mapping[str, str], words: Sequence[str]) -> tuple[str, str | Non
     return None
 
 
-def _joined(
-    found: list[tuple[Any, Any]], parts: list[int], origin: str, group: Any, classes: Sequence[str] | None
-) -> Found:
+def _joined(found: list[tuple[Any, Any]], parts: list[int], origin: str, group: Any, classes: Sequence[str] | None) -> Found:
     xs = [samples_tensor(x, origin) for x, _ in found]
     shapes = {tuple(x.shape[1:]) for x in xs}
     if len(shapes) > 1:

@@ -35,10 +35,7 @@ def from_builtin(name: str, cache: Path) -> Found:
     folder = Path(root).expanduser() / name if root else None
     if folder is None or not folder.is_dir():
         place = f"{folder} is no folder" if folder else "the environment variable CONVINCE_DATA is not set"
-        raise Mistake(
-            f"{name}: {place}. Set CONVINCE_DATA to a folder and put into its subfolder {name!r} {_WANTED[name]}. "
-            "'digits' needs no files"
-        )
+        raise Mistake(f"{name}: {place}. Set CONVINCE_DATA to a folder and put into its subfolder {name!r} {_WANTED[name]}. 'digits' needs no files")
     if name == "cifar10":
         files = sorted(folder.glob("*.npz"))
         if not files:
@@ -81,8 +78,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except ValueError as error:
         if "pickle" in str(error):
             raise Mistake(
-                f"{path}: holds Python objects, which are not read (they can run code); "
-                "save plain arrays: numbers, or words as fixed-width text"
+                f"{path}: holds Python objects, which are not read (they can run code); save plain arrays: numbers, or words as fixed-width text"
             ) from None
         raise Mistake(f"{path}: not a readable .npz file ({error}); write it with numpy.savez") from None
     except Exception as error:  # damaged zips raise many kinds

@@ -103,9 +103,7 @@ def decode_set(
     base = folder / f"set-{disk.cache_key('set', key, pre.channels, list(pre.size), pre.fit, limit_pixels)}"
     storable = disk.room_on_disk(folder, need) and (disk_bytes is None or need <= disk_bytes)
     in_memory = need <= memory_bytes
-    stored = (
-        _stored(base, in_memory) if in_memory or storable else _stored_pass(base, files, pre, limit_pixels, workers)
-    )
+    stored = _stored(base, in_memory) if in_memory or storable else _stored_pass(base, files, pre, limit_pixels, workers)
     if stored is not None:
         if progress is not None:
             progress(len(files), len(files))
@@ -182,9 +180,7 @@ def _to_memory(files: Sequence[Path], pre: Preprocess, limit_pixels: int, progre
     return ledger.close(MemoryStore(x if n == len(x) else x[:n].clone()), pre.channels)
 
 
-def _to_file(
-    base: Path, files: Sequence[Path], pre: Preprocess, limit_pixels: int, progress: Progress | None
-) -> Decoded:
+def _to_file(base: Path, files: Sequence[Path], pre: Preprocess, limit_pixels: int, progress: Progress | None) -> Decoded:
     ledger, path = _Ledger(), base.with_suffix(".npy")
     with disk.replacing(path) as temporary:
         shape = (len(files), pre.channels, *pre.size)
@@ -196,9 +192,7 @@ def _to_file(
     return ledger.close(MappedStore(path, len(ledger.rows)), pre.channels)
 
 
-def _to_nowhere(
-    files: Sequence[Path], pre: Preprocess, limit_pixels: int, workers: int, progress: Progress | None
-) -> Decoded:
+def _to_nowhere(files: Sequence[Path], pre: Preprocess, limit_pixels: int, workers: int, progress: Progress | None) -> Decoded:
     ledger = _Ledger()
     for piece in _pieces(files, pre, limit_pixels, progress):
         ledger.add(piece)

@@ -70,12 +70,8 @@ def load(
     folder = cache_folder(cache)
     found = find(source, y, group=group, size=size, fit=fit, cache=folder)
     if group is not None and found.groups is None:
-        raise Mistake(
-            f"{found.origin}: group is for folders, tables and arrays x, y; this source has no groups to go by"
-        )
-    made, pre, found = _samples(
-        found, size, fit, None, folder, strict, workers, memory_bytes, disk_bytes, limit_pixels, progress
-    )
+        raise Mistake(f"{found.origin}: group is for folders, tables and arrays x, y; this source has no groups to go by")
+    made, pre, found = _samples(found, size, fit, None, folder, strict, workers, memory_bytes, disk_bytes, limit_pixels, progress)
     found = settle(found, allow_one_class, cut=val > 0 or test > 0)
     split = part_rows(found, val, test, seed)
     return _data(found, made, pre, split, shares=(val, test)).measured()
@@ -178,9 +174,7 @@ def _samples(
     return made, pre, replace(kept, skipped=[*found.skipped, *skipped])
 
 
-def _array_samples(
-    x: Tensor, size: int | None, fit: str, stored: Preprocess | None, origin: str
-) -> tuple[Tensor, Preprocess]:
+def _array_samples(x: Tensor, size: int | None, fit: str, stored: Preprocess | None, origin: str) -> tuple[Tensor, Preprocess]:
     if x.ndim == 2:
         pre = stored or Preprocess("table", x.shape[1], (), "", (), ())
         if pre.kind != "table" or pre.channels != x.shape[1]:

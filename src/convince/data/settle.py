@@ -35,10 +35,7 @@ def settle(found: Found, allow_one_class: bool, cut: bool) -> Found:
         raise Mistake(f"{found.origin}: {only}{note}. A classifier needs at least two classes with labelled samples")
     if found.parts is None and cut and (counts == 1).any():
         name = found.classes[int(np.flatnonzero(counts == 1)[0])]
-        raise Mistake(
-            f"{found.origin}: class {name!r} has one sample, which cannot be both learnt and tested. "
-            "Add samples of this class, or remove the class"
-        )
+        raise Mistake(f"{found.origin}: class {name!r} has one sample, which cannot be both learnt and tested. Add samples of this class, or remove the class")
     return found
 
 
@@ -59,10 +56,7 @@ def onto(found: Found, classes: tuple[str, ...]) -> Found:
     unknown = [found.classes[at] for at in used if found.classes[at] not in classes]
     if unknown:
         close = nearest(unknown[0], classes)
-        raise Mistake(
-            f"{found.origin}: {len(unknown)} label(s) that the model does not know: {', '.join(unknown)}{close} "
-            f"It knows {', '.join(classes)}"
-        )
+        raise Mistake(f"{found.origin}: {len(unknown)} label(s) that the model does not know: {', '.join(unknown)}{close} It knows {', '.join(classes)}")
     place = np.array([*(classes.index(name) if name in classes else -1 for name in found.classes), -1], np.int64)
     return replace(found, y=place[found.y], classes=classes)
 

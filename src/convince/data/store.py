@@ -114,9 +114,7 @@ class StreamStore:
     readable before no longer is.
     """
 
-    def __init__(
-        self, files: Sequence[str | Path], preprocess: Preprocess, workers: int = 0, limit_pixels: int = LIMIT_PIXELS
-    ) -> None:
+    def __init__(self, files: Sequence[str | Path], preprocess: Preprocess, workers: int = 0, limit_pixels: int = LIMIT_PIXELS) -> None:
         self.files, self.preprocess, self.workers, self.limit_pixels = list(files), preprocess, workers, limit_pixels
 
     @property

@@ -105,7 +105,9 @@ def _adapt(part: parts.Part, options: dict[str, Any]) -> Technique:
         return made(**options)
     command = {"backbone": "--model", "explainer": "convince explain", "attack": "convince attack", "certifier": "convince certify"}
     command |= {"compressor": "convince compress", "probe": "convince probe", "recipe": "convince train RECIPE", "study": "convince prove"}
-    raise Mistake(f"{part.name!r} is of kind {part.card.kind} and cannot be switched on by --with; use {command.get(part.card.kind, 'convince show')} {part.name}")
+    raise Mistake(
+        f"{part.name!r} is of kind {part.card.kind} and cannot be switched on by --with; use {command.get(part.card.kind, 'convince show')} {part.name}"
+    )
 
 
 def is_off(made: Seat) -> bool:

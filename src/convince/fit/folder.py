@@ -31,9 +31,10 @@ from convince.types import Split
 
 
 def write_config(folder: Path, settings: Settings) -> None:
-    """config.yaml and environment.json, and copies of a person's own parts: written before training."""
+    """config.yaml and environment.json, and copies of a person's own parts: written before training, and not again on resume."""
     write_atomic(folder / "config.yaml", settings.to_yaml())
-    write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+    if not (folder / "environment.json").exists():
+        write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
     for spec in settings.parts:
         part = parts.get(parts.parse(spec)[0])
         if part.own:

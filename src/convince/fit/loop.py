@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -214,10 +215,10 @@ def _step(run: Run, stage: Stage, batch: Batch, saver: Saver, progress: float) -
     run.stage_steps += 1
     with torch.no_grad():
         n = len(run.batch.x)
-        right = 0
+        right = torch.zeros(())
         if run.out.logits is not None and run.batch.y is not None and run.out.logits.shape == run.batch.y.shape:
             right = (run.out.logits.argmax(1) == run.batch.y.argmax(1)).sum()
-        saver.tally += torch.stack([run.loss.detach().double().cpu() * n, torch.as_tensor(right).double().cpu(), torch.tensor(float(n))])
+        saver.tally += torch.stack([run.loss.detach().double().cpu() * n, right.double().cpu(), torch.tensor(float(n))])
     for seat in run.team.seats_with("on_step", stage):
         seat.technique.on_step(run)
 
@@ -225,7 +226,7 @@ def _step(run: Run, stage: Stage, batch: Batch, saver: Saver, progress: float) -
 def _grad(run: Run, stage: Stage) -> None:
     """Forward, objective, on_loss, backward (or the owner of the gradient in its place)."""
     run.out = run.forward(run.batch.x)
-    objective = stage.objective or getattr(run.team.owner("objective", stage), "objective", soft_cross_entropy)
+    objective: Any = stage.objective or getattr(run.team.owner("objective", stage), "objective", soft_cross_entropy)
     run.loss = objective(run, run.out, run.batch)
     for seat in run.team.seats_with("on_loss", stage):
         seat.technique.on_loss(run)

@@ -37,7 +37,7 @@ class Plan:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device, dtype and layout."""
         model = model.to(device=self.device, dtype=self.dtype)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def pixels(self, x: Tensor) -> Tensor:
         """uint8 or float input -> [0, 1] (tables: as they are) on the device, in the layout."""

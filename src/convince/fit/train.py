@@ -69,13 +69,14 @@ class Trained:
 
 def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
     """Fill in what was left to the data, and say in a sentence each why."""
-    notes, changes = [], {}
+    notes: list[str] = []
+    changes: dict[str, Any] = {}
     n = len(data.split.train)
     image = data.preprocess.kind == "image"
-    side = min(data.preprocess.size) if image else 0
+    side = min(data.preprocess.size, default=0)
     if settings.model is None:
         changes["model"] = default_model(data.preprocess.kind, side, n)
-        shape = f"{data.preprocess.size[0]}x{data.preprocess.size[1]} pixels" if image else "a table"
+        shape = f"{'x'.join(map(str, data.preprocess.size))} pixels" if image else "a table"
         notes.append(f"model {changes['model']}: for {shape} and {n} training samples")
     if settings.batch is None:
         changes["batch"] = 128 if n >= 4000 else 64 if n >= 500 else max(min(32, n // 4), 2)
@@ -84,7 +85,7 @@ def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
         seen = 30_000 if side <= 48 else 48_000
         changes["epochs"] = min(max(round(seen / max(n, 1)), 12), 40 if image else 100)
         notes.append(f"epochs {changes['epochs']}: about {seen:,} samples, at least 12 and at most {40 if image else 100} passes")
-    batch = changes.get("batch", settings.batch)
+    batch = changes.get("batch") or settings.batch or 1
     if settings.steps is not None:
         changes["epochs"] = math.ceil(settings.steps / max(n // batch, 1))
     if settings.augment == "auto":
@@ -126,9 +127,7 @@ def prepare(settings: Settings, data: Data, *, record: Record | None = None, dro
     return Run(settings, data, team, build, plan, processes.world(), record)
 
 
-def train(
-    settings: Settings, data: Data, *, folder: Path | None = None, progress: Progress | None = None, began: float | None = None
-) -> Trained:
+def train(settings: Settings, data: Data, *, folder: Path | None = None, progress: Progress | None = None, began: float | None = None) -> Trained:
     """Train, score on the test part, and with ``folder`` write the run; goes on from a checkpoint there.
 
     ``settings`` may leave choices open; what was chosen is in the result's ``notes``. Global random

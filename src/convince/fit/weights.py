@@ -19,13 +19,9 @@ from torch.overrides import TorchFunctionMode
 from convince.fit.randomness import key, preserved
 
 # kaiming_* and friends hand themselves to a function mode whole, hiding the draw inside them
-_IN_PLACE = {
-    getattr(Tensor, name)
-    for name in ("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_")
-} | {
+_IN_PLACE = {getattr(Tensor, name) for name in ("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_")} | {
     getattr(nn.init, name)
-    for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
-    + ("xavier_normal_", "orthogonal_", "sparse_")
+    for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_", "sparse_")
 }
 _FRESH = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial}
 

@@ -195,9 +195,7 @@ def bar_row(share: float | None, *, width: float = 72, height: float = 9, tone: 
     """A horizontal bar that fills ``share`` (0 to 1) of its track."""
     fill = 0.0 if not finite(share) else min(max(float(share or 0), 0.0), 1.0) * width
     track = f'<rect class="track" width="{_n(width)}" height="{_n(height)}"/>'
-    return svg(
-        width, height, label, f'{track}<rect class="bar {tone}" width="{_n(fill)}" height="{_n(height)}"/>', "row"
-    )
+    return svg(width, height, label, f'{track}<rect class="bar {tone}" width="{_n(fill)}" height="{_n(height)}"/>', "row")
 
 
 def columns(values: Sequence[float], names: Sequence[str], *, title: str, tone: str = "a", width: float = 270) -> str:
@@ -249,9 +247,7 @@ def heat_map(counts: Any, names: Sequence[str]) -> str:
     """
     table = np.asarray(counts)
     k = len(table)
-    cell_w, cell_h = (
-        (88.0, 52.0) if k <= 4 else (54.0, 40.0) if k <= 12 else (28.0, 24.0) if k <= 25 else (max(7.0, 760 / k),) * 2
-    )
+    cell_w, cell_h = (88.0, 52.0) if k <= 4 else (54.0, 40.0) if k <= 12 else (28.0, 24.0) if k <= 25 else (max(7.0, 760 / k),) * 2
     font = min(12.0, cell_h * 0.95) if k > 25 else 12.0
     long = max((len(n) for n in names), default=1)
     left = min(22, long) * CHAR * font / 12 + 14
@@ -342,10 +338,7 @@ def reliability(bins: Sequence[Any], *, width: float = 380) -> str:
         out.append(f'<circle class="dot a" cx="{_n(x)}" cy="{_n(y)}" r="{_n(dot)}">{tip}</circle>')
         tall = 50 * b["n"] / most
         x0, x1 = across(b["low"]) + 1, across(b["high"]) - 1
-        out.append(
-            f'<rect class="bar b" x="{_n(x0)}" y="{_n(floor - tall)}" width="{_n(x1 - x0)}" '
-            f'height="{_n(tall)}">{tip}</rect>'
-        )
+        out.append(f'<rect class="bar b" x="{_n(x0)}" y="{_n(floor - tall)}" width="{_n(x1 - x0)}" height="{_n(tall)}">{tip}</rect>')
         if len(bins) <= 20:
             out.append(_text((x0 + x1) / 2, floor - tall - 3, count(b["n"]), "tick small", "middle"))
     out.append(f'<line class="base" x1="{left}" x2="{_n(right)}" y1="{floor}" y2="{floor}"/>')
@@ -426,9 +419,7 @@ def _n(value: float) -> str:
     return f"{value:.1f}".rstrip("0").rstrip(".") if value else "0"
 
 
-def _text(
-    x: float, y: float, words: str, kind: str, anchor: str = "", font: float = 0, full: str = "", turn: float = 0
-) -> str:
+def _text(x: float, y: float, words: str, kind: str, anchor: str = "", font: float = 0, full: str = "", turn: float = 0) -> str:
     more = f' text-anchor="{anchor}"' if anchor else ""
     more += f' style="font-size:{_n(font)}px"' if font else ""
     more += f' transform="rotate({_n(turn)} {_n(x)} {_n(y)})"' if turn else ""

@@ -10,10 +10,7 @@ from convince.errors import Mistake
 from convince.report.pictures import rgb
 
 # Viridis at 0, 1/16 ... 1 (van der Walt and Smith 2015, CC0), read between by straight lines.
-STOPS = (
-    "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
-    "1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
-)
+STOPS = "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73 5ec962 84d44b addc30 d8e219 fde725"
 _TABLE = np.array([[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in STOPS.split()], np.float32)
 
 

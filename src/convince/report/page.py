@@ -53,9 +53,7 @@ def _template() -> Template:
     from markupsafe import Markup
 
     tools = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    tools.filters.update(
-        svg=Markup, percent=units.percent, count=units.count, number=units.number, decimal=units.decimal
-    )
+    tools.filters.update(svg=Markup, percent=units.percent, count=units.count, number=units.number, decimal=units.decimal)
     tools.globals.update(finite=finite, bar=figures.bar_row, interval_bar=figures.interval_bar, shown=_shown)
     return tools.get_template("template.html")
 
@@ -281,9 +279,7 @@ def _loss_chart(series: list[figures.Series], history: list[Any]) -> str:
 def _accuracy_chart(series: list[figures.Series], history: list[Any]) -> str:
     values = [y for s in series for y in s.y if y is not None and finite(y)]
     low = max(0.0, np.floor(min(values, default=0) * 10) / 10)
-    return figures.line_chart(
-        series, title="Accuracy", y_range=(min(low, 0.9), 1.0), as_percent=True, marks=_stages(history)
-    )
+    return figures.line_chart(series, title="Accuracy", y_range=(min(low, 0.9), 1.0), as_percent=True, marks=_stages(history))
 
 
 def _rate_range(rates: list[Any]) -> tuple[float, float]:
@@ -293,9 +289,7 @@ def _rate_range(rates: list[Any]) -> tuple[float, float]:
 def _stages(history: list[Any]) -> list[tuple[float, str]]:
     """Where the stage changes: (epoch of the first row of the new stage, its name); none for a single stage."""
     names = [row.get("stage") for row in history]
-    marks = [
-        (history[i]["epoch"], str(name)) for i, name in enumerate(names) if name and (i == 0 or name != names[i - 1])
-    ]
+    marks = [(history[i]["epoch"], str(name)) for i, name in enumerate(names) if name and (i == 0 or name != names[i - 1])]
     return marks if len(marks) > 1 else []
 
 
@@ -401,9 +395,8 @@ def _calibration(f: dict[str, Any], test: dict[str, Any]) -> dict[str, Any] | No
         points = f"{abs(100 * (claim - right)):.1f}{units.GAP}points"
         way = "too sure of itself" if claim > right else "too unsure of itself"
         out["figure"] = figures.reliability(bins)
-        out["words"] = (
-            f"On average the network claims {units.percent(claim)} and is right in {units.percent(right)}: "
-            + ("just as sure as it should be." if abs(claim - right) < 0.0005 else f"{points} {way}.")
+        out["words"] = f"On average the network claims {units.percent(claim)} and is right in {units.percent(right)}: " + (
+            "just as sure as it should be." if abs(claim - right) < 0.0005 else f"{points} {way}."
         )
         out["n"] = n
     return out

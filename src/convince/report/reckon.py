@@ -81,8 +81,6 @@ def reliability_bins(confidence: Any, right: Any, bins: int = 15) -> Calibration
         here = place == b
         if here.any():
             mean, share = float(p[here].mean()), float(hit[here].mean())
-            rows.append(
-                {"low": b / bins, "high": (b + 1) / bins, "n": int(here.sum()), "confidence": mean, "accuracy": share}
-            )
+            rows.append({"low": b / bins, "high": (b + 1) / bins, "n": int(here.sum()), "confidence": mean, "accuracy": share})
     gap = sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
     return {"bins": rows, "ece": gap / len(p) if len(p) else math.nan}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from convince.errors import Mistake
 from convince.fit.answer import Scores
-from convince.fit.folder import environment
 from convince.fit.precision import peak_flops
 from convince.fit.train import Trained
 from convince.report import write_report
@@ -31,7 +31,8 @@ def write_run_report(result: Trained) -> Path:
 def facts_of(result: Trained) -> Facts:
     """Everything the page shows, as :class:`convince.report.facts.Facts`."""
     run, s = result.run, result.settings
-    seen = environment()
+    assert result.folder is not None
+    seen = json.loads((result.folder / "environment.json").read_text(encoding="utf-8"))
     facts: Facts = {
         "run": str(result.folder),
         "model": s.model or "",
@@ -40,11 +41,7 @@ def facts_of(result: Trained) -> Facts:
         "seed": s.seed,
         "data": _data(result),  # type: ignore[typeddict-item]
         "history": _history(run.record.rows),  # type: ignore[typeddict-item]
-        "readings": [
-            {"name": r["name"], "value": r["value"], "unit": r["unit"], "epoch": r["epoch"]}
-            for r in run.record.rows
-            if r["kind"] == "reading"
-        ],
+        "readings": [{"name": r["name"], "value": r["value"], "unit": r["unit"], "epoch": r["epoch"]} for r in run.record.rows if r["kind"] == "reading"],
         "cost": _cost(result),  # type: ignore[typeddict-item]
         "galleries": _galleries(result),
         "environment": {k: v for k, v in seen.items() if not isinstance(v, dict) and k != "command"} | seen["versions"],
@@ -66,7 +63,9 @@ def facts_of(result: Trained) -> Facts:
 def _data(result: Trained) -> dict[str, Any]:
     data = result.data
     p = data.preprocess
-    counts = {part: torch.bincount(data.y[rows][data.y[rows] >= 0], minlength=data.k).tolist() for part in ("train", "val", "test") if len(rows := data.split[part])}
+    counts = {
+        part: torch.bincount(data.y[rows][data.y[rows] >= 0], minlength=data.k).tolist() for part in ("train", "val", "test") if len(rows := data.split[part])
+    }
     facts: dict[str, Any] = {
         "origin": data.origin,
         "classes": list(data.classes),
@@ -77,7 +76,10 @@ def _data(result: Trained) -> dict[str, Any]:
     if p.kind == "image":
         facts["fitting"] = {"mode": p.fit, "size": list(p.size), "channels": p.channels, "mean": list(p.mean), "std": list(p.std)}
         rows = data.split.train[:PICTURES]
-        facts["examples"] = [{"image": image, "label": data.classes[y] if y >= 0 else "unlabelled"} for image, y in zip(_pixels(data.x.take(rows)), data.y[rows].tolist(), strict=True)]
+        facts["examples"] = [
+            {"image": image, "label": data.classes[y] if y >= 0 else "unlabelled"}
+            for image, y in zip(_pixels(data.x.take(rows)), data.y[rows].tolist(), strict=True)
+        ]
     return facts
 
 
@@ -172,8 +174,13 @@ def _galleries(result: Trained) -> list[Any]:
             rows = seat.technique.gallery(result.run)[:PICTURES]
             if rows:
                 images = _pixels(result.data.x.take(torch.tensor([row for row, _ in rows])))
-                items = [{"image": image, "label": f"{result.data.name(row)} ({result.data.classes[int(result.data.y[row])]})", "value": value} for image, (row, value) in zip(images, rows, strict=True)]
-                found.append({"part": seat.name, "title": seat.card.title, "caption": (type(seat.technique).__doc__ or "").strip().splitlines()[0], "items": items})
+                items = [
+                    {"image": image, "label": f"{result.data.name(row)} ({result.data.classes[int(result.data.y[row])]})", "value": value}
+                    for image, (row, value) in zip(images, rows, strict=True)
+                ]
+                found.append(
+                    {"part": seat.name, "title": seat.card.title, "caption": (type(seat.technique).__doc__ or "").strip().splitlines()[0], "items": items}
+                )
     return found
 
 

@@ -30,7 +30,7 @@ CARD = Card(
         "the score is ours, since the authors' release holds no code of it: a random filter without mean on the middle of each crop, "
         "in whole numbers, so that equal content scores equally to the bit",
         "ties are broken by a second random filter, and where the content is equal to both filters by the place nearest the middle",
-        "without crop= three quarters of each side are kept, which suits small images; the paper names its crops in pixels",
+        "without crop= seven eighths of each side are kept, which suits small images; the paper names its crops in pixels",
         "every place is a candidate: no stride and no smaller region",
     ),
 )
@@ -199,7 +199,7 @@ class CropChosen(nn.Module):
         if side == (h, w):
             return side
         if side[0] > h or side[1] > w:
-            raise Mistake(f"rics: crop={self.crop} pixels is larger than the image of {h}x{w}; give fewer, or a share such as 0.75")
+            raise Mistake(f"rics: crop={self.crop} pixels is larger than the image of {h}x{w}; give fewer, or a share such as 0.875")
         if min(side) < self.filters.shape[-1]:
             raise Mistake(f"rics: the crop of {side[0]}x{side[1]} pixels is smaller than the filter of {self.filters.shape[-1]}; give a larger crop or patch=3")
         return side
@@ -229,7 +229,7 @@ class CropChosen(nn.Module):
 class Rics(Predictor):
     """Wraps an answer in :class:`CropChosen`.
 
-    ``crop``: side in pixels (a whole number), share of each side (1.0: off), or None: 0.75. ``score``: "random", or
+    ``crop``: side in pixels (a whole number), share of each side (1.0: off), or None: 0.875, as 224 of 256. ``score``: "random", or
     "contrast" (middle against surround); ``patch``: side of its filter [pixels]; ``seed`` draws it. ``cyclic``: crops
     go round the edges, and circular shifts by whole pixels never change the answer.
     """
@@ -244,7 +244,7 @@ class Rics(Predictor):
         if isinstance(self.crop, float) and not 0 < self.crop <= 1:
             raise Mistake(f"rics: crop={self.crop} must be a share above 0 and at most 1, or a whole number of pixels")
         if isinstance(self.crop, int) and self.crop < 1:
-            raise Mistake(f"rics: crop={self.crop} must be at least 1 pixel, or a share such as 0.75")
+            raise Mistake(f"rics: crop={self.crop} must be at least 1 pixel, or a share such as 0.875")
         if self.score not in ("random", "contrast"):
             raise Mistake(f"rics: score={self.score!r} must be 'random' or 'contrast'")
         if self.patch < 2:
@@ -252,4 +252,4 @@ class Rics(Predictor):
 
     def wrap(self, answer: nn.Module) -> nn.Module:
         filters = {"random": random_filters, "contrast": contrast_filters}[self.score](self.patch, self.seed)
-        return CropChosen(answer, filters, 0.75 if self.crop is None else self.crop, self.cyclic).train(answer.training)
+        return CropChosen(answer, filters, 0.875 if self.crop is None else self.crop, self.cyclic).train(answer.training)
