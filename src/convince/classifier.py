@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
     Raises :class:`~convince.errors.Mistake`, a ValueError, for what a person can mend.
     """
 
+    @no_type_check  # scikit-learn sets parameters to anything and expects fit to complain
     def __init__(
         self,
         model: str | None = None,

@@ -22,6 +22,7 @@ from convince.robust.rics import (
     cyclic_shift,
     random_filters,
     realistic_shift,
+    takes,
     theoretical_consistency,
     worst_of_eight,
     zero_pad_shift,
@@ -190,6 +191,10 @@ def test_off_is_the_answer_itself_and_wrapping_is_inert() -> None:
     assert torch.equal(Rics(crop=1.0).wrap(net)(x), net(x))
     wrapped = Rics(crop=8).wrap(net)
     assert not wrapped.training
+    mixed = nn.Sequential(seeded(Sees)).train()
+    mixed[0].eval()
+    Rics().wrap(mixed)
+    assert [m.training for m in mixed.modules()] == [True, False, False, False]  # the modes beneath stay
     assert torch.equal(copy.deepcopy(wrapped)(x), wrapped(x))
     assert set(wrapped.state_dict()) == {"answer." + name for name in net.state_dict()}  # the filter follows from the seed
     with torch.autocast("cpu", torch.bfloat16):
@@ -222,6 +227,11 @@ def test_crops_are_enlarged_only_where_the_answer_needs_it() -> None:
     wrapped = Rics(crop=8).wrap(fixed)
     by_hand = F.interpolate(wrapped.chosen(x), size=(12, 12), mode="bilinear", align_corners=False)
     assert torch.equal(wrapped(x), fixed(by_hand))
+    batch = nn.Sequential(nn.BatchNorm2d(1), fixed).train()
+    assert not takes(batch, x, (8, 8))
+    assert takes(batch, x, (12, 12))
+    assert batch.training
+    assert int(batch[0].num_batches_tracked) == 0
     free = seeded(Sees)
     assert torch.equal(Rics(crop=8).wrap(free)(x), free(Rics(crop=8).wrap(free).chosen(x)))
 

@@ -27,6 +27,7 @@ def must_leave_as_found(s: Subject, use: Use) -> None:
     answer = s.answer()
     x, y = s.pixels()
     answer.train()
+    next(answer.children()).eval()  # modes differ inside, so that putting one mode back is not enough
     for p in answer.parameters():
         p.requires_grad_(False)
     before, weights, pixels = _snapshot(answer), bits(answer), x.clone()

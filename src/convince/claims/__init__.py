@@ -50,7 +50,7 @@ def paired(what: str, change: list[float], baseline: list[float]) -> Paired:
 
     d = [a - b for a, b in zip(change, baseline, strict=True)]
     n, mean = len(d), statistics.fmean(d)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(d) / math.sqrt(n) if n > 1 else math.inf
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(d) / math.sqrt(n) if n > 1 else math.inf
     return Paired(what, mean, mean - half, mean + half, n)
 
 

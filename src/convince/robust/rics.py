@@ -101,7 +101,7 @@ def cut(x: Float[Tensor, "n c h w"], row: Int[Tensor, " n"], column: Int[Tensor,
     """The crop of each image whose upper left corner is (row, column); beyond an edge the image goes round."""
     rows = (row[:, None] + torch.arange(crop[0], device=x.device)) % x.shape[2]
     columns = (column[:, None] + torch.arange(crop[1], device=x.device)) % x.shape[3]
-    i, c = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    i, c = torch.arange(x.shape[0], device=x.device), torch.arange(x.shape[1], device=x.device)
     return x[i[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
 
 
@@ -160,11 +160,16 @@ def zero_pad_shift(x: Float[Tensor, "n c h w"], d: tuple[int, int]) -> Float[Ten
 
 def takes(answer: nn.Module, x: Tensor, side: tuple[int, int]) -> bool:
     """Does the answer accept images of this size? Asked with one black image; fully convolutional networks accept many."""
+    modes = [(m, m.training) for m in answer.modules()]
+    answer.eval()  # in training mode the black image would move running statistics
     try:
         with torch.no_grad():
             answer(x.new_zeros(1, x.shape[1], *side))
     except (RuntimeError, ValueError, AssertionError):
         return False
+    finally:
+        for module, training in modes:
+            module.training = training
     return True
 
 
@@ -186,6 +191,7 @@ class CropChosen(nn.Module):
         super().__init__()
         self.answer, self.crop, self.cyclic = answer, crop, cyclic
         self.differentiable = getattr(answer, "differentiable", True)
+        self.training = answer.training  # of this module alone: the modes beneath stay
         at = next(answer.parameters(), filters)
         self.register_buffer("filters", filters.to(at.device), persistent=False)
         self.accepts: dict[tuple[int, int], bool] = {}
@@ -252,4 +258,4 @@ class Rics(Predictor):
 
     def wrap(self, answer: nn.Module) -> nn.Module:
         filters = {"random": random_filters, "contrast": contrast_filters}[self.score](self.patch, self.seed)
-        return CropChosen(answer, filters, 0.875 if self.crop is None else self.crop, self.cyclic).train(answer.training)
+        return CropChosen(answer, filters, 0.875 if self.crop is None else self.crop, self.cyclic)
