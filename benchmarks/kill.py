@@ -1,6 +1,6 @@
 """Kill a training with SIGKILL at random moments, resume it, and compare its weights with an undisturbed run.
 
-    python benchmarks/kill.py [--kills 50] [--seed 0]
+    python benchmarks/kill.py [--kills 50] [--seed 0] [--write]
 
 Each trial starts a training of digits with CutMix, an EMA of weights and forgetting counts, kills it once or twice
 at a random moment (reading, training or writing), resumes it, and compares weights_sha256. Prints one line a trial;
@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from results import write
 
 TRAIN = ["train", "digits", "--model", "small-cnn:widths=(8,16)", "--epochs", "6", "--checkpoint-seconds", "0.2", "--seed", "3"]
 TRAIN += ["--with", "cutmix", "--with", "ema", "--with", "example-forgetting", "--json"]
@@ -61,6 +63,7 @@ def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--kills", type=int, default=50)
     ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--write", action="store_true", help="put the result into RESULTS.md")
     asked = ask.parse_args()
     draw = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as root:
@@ -78,7 +81,10 @@ def main() -> int:
             print(
                 f"trial {number}: killed at {', '.join(f'{m:.1f} s' for m in moments) or 'never'}: {'same bits' if found == whole else 'DIFFERENT'}", flush=True
             )
-    print(f"{kills} kills in {number} trials, {wrong} different")
+    sentence = f"{kills} kills with SIGKILL in {number} runs, each resumed to its end: {wrong} ended with other weights than the undisturbed run."
+    print(sentence)
+    if asked.write:
+        write("Kill and resume", f"kill.py --kills {asked.kills} --seed {asked.seed} --write", [sentence, f"An undisturbed run takes {seconds:.1f} s."])
     return 1 if wrong else 0
 
 

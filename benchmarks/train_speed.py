@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from results import write
+
 STEPS = {"trashnet": 14, "fashion-mnist": 60}
 WARM = 4
 BATCH = {"trashnet": 32, "fashion-mnist": 128}
@@ -182,23 +183,7 @@ def main() -> None:
         lines.append("")
         print("\n".join(lines[-6:]), flush=True)
     if asked.write:
-        write("Training speed", "train_speed.py", asked.rounds, lines)
-
-
-def write(title: str, script: str, rounds: int, lines: list[str]) -> None:
-    """Put the section ``title`` into RESULTS.md, with machine and versions, in place of an older one."""
-    from convince.fit.folder import environment
-
-    e = environment()
-    head = [f"## {title}", "", f"`python benchmarks/{script} --rounds {rounds} --write`, {time.strftime('%Y-%m-%d')}, median of {rounds} rounds.", ""]
-    units = "AMX" if e["amx"] else "AVX512-BF16, no AMX" if e["avx512_bf16"] else "no bf16 units"
-    versions = e["versions"]
-    head += [f"{e['processor']} ({units}), {e['threads']} threads; torch {versions['torch']}, torchvision {versions['torchvision']}, Python {e['python']}.", ""]
-    path = HERE / "RESULTS.md"
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n\nEvery table is written by the script it names; none is typed.\n"
-    before, found, rest = old.partition(f"## {title}\n")
-    after = ("\n## " + rest.partition("\n## ")[2]) if found and "\n## " in rest else ""
-    path.write_text(before.rstrip() + "\n\n" + "\n".join(head + lines).rstrip() + "\n" + after, encoding="utf-8")
+        write("Training speed", f"train_speed.py --rounds {asked.rounds} --write", [f"Median of {asked.rounds} rounds.", "", *lines])
 
 
 if __name__ == "__main__":

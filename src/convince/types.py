@@ -61,6 +61,13 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class RunSpec:
+    """A further run inside a fit: the settings that differ from the run's own, by name (``{"model": ..., "seed": ...}``)."""
+
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Budget:
     """An amount and what it counts: ``Budget(20, "epochs")``, ``Budget(0.25, "bytes")``."""
 

@@ -65,7 +65,10 @@ def command(data: str | None, out: str | None, resume: str | None, as_json: bool
         asked_for = from_yaml(folder / "config.yaml")
     else:
         asked_for = settings(data=data or "digits", **given)
-        folder = free_folder(out, Path(asked_for.data.rstrip("/")).stem or "run") if int(os.environ.get("RANK", "0")) == 0 or out else Path("runs/worker")
+        if int(os.environ.get("RANK", "0")) == 0:
+            folder = free_folder(out, Path(asked_for.data.rstrip("/")).stem or "run")
+        else:  # the first process writes; the others never touch it
+            folder = Path(out or "runs")
     with Bar() as bar:
         s = asked_for
         found = load(
@@ -78,7 +81,8 @@ def command(data: str | None, out: str | None, resume: str | None, as_json: bool
     if result.run.rank == 0:
         report = write_run_report(result)
         result.seconds["total"] = time.monotonic() - began
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        for checkpoint in folder.glob(f"*{CHECKPOINT}"):
+            checkpoint.unlink()
         emit(result.summary(), as_json, sentence(result) + f"\nreport: {report}")
 
 

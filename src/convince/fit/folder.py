@@ -89,6 +89,11 @@ def write_model(folder: Path, run: Run) -> None:
     }
     write_atomic(folder / "structure.json", json.dumps(structure, indent=1))
     labels = {"format": FORMAT, "classes": list(run.data.classes), "preprocess": run.data.preprocess.to_json()}
+    for i, child in enumerate(run.children):
+        inner = folder / "members" / str(i)
+        inner.mkdir(parents=True, exist_ok=True)
+        write_config(inner, child.settings)
+        write_model(inner, child)
     write_atomic(folder / "labels.json", json.dumps(labels, indent=1, ensure_ascii=False))
 
 
@@ -146,6 +151,7 @@ def open_run(folder: str | Path, *, trust: bool = False) -> Loaded:
         run.model.load_state_dict(load_file(folder / "model.safetensors"))
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise Mistake(f"{folder}: the run is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); restore it from a copy, or train again") from error
+    run.children = [open_run(inner, trust=trust).run for inner in sorted((folder / "members").glob("*"), key=lambda p: int(p.name))]
     states = read_tree(folder / "parts.safetensors")
     for made in team.seats:
         made.technique.restore(run, states.get(made.name, {}))

@@ -2,6 +2,7 @@
 
     build the network, weights by name              weights.build_by_name
     for each part: seed, on_start                   edits and run.extra are made here
+    fit_members(run)                                further runs, each trained whole; their answers are run.members
     [resume: replay edits, load weights, restore parts]
     stages: each part's before(run), then stage(run, 0), stage(run, 1) ... or one plain stage
         on_stage                                    once; may edit (a round that grows the network)
@@ -51,6 +52,7 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
     """Train ``run`` to its end; with ``checkpoint`` save there now and then, and go on from what is there."""
     with preserved(), torch.inference_mode(False), torch.enable_grad():
         start(run)
+        _fit_members(run, checkpoint, progress)
         state = read_tree(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         if state is not None:
             restore_run(run, state)
@@ -77,6 +79,17 @@ def start(run: Run) -> None:
         seed_global(run.seed, seat.name, "start")
         seat.technique.on_start(run)
     run.extra.to(device=run.plan.device, dtype=run.plan.dtype)
+
+
+def _fit_members(run: Run, checkpoint: Path | None, progress: Progress | None) -> None:
+    """Train the runs that parts ask for, one after the other; a finished one is not trained again on resume."""
+    specs = [spec for seat in run.team.seats_with("fit_members") for spec in seat.technique.fit_members(run)]
+    for i, spec in enumerate(specs):
+        assert run.child is not None
+        child = run.child(spec)
+        fit(child, None if checkpoint is None else checkpoint.with_name(f"member-{i}-{checkpoint.name}"), progress)
+        run.children.append(child)
+        run.images += child.images
 
 
 class Saver:

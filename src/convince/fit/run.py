@@ -22,7 +22,7 @@ from convince.fit.settings import Settings
 from convince.fit.state import resize_run
 from convince.fit.technique import Team
 from convince.fit.weights import edit_by_name
-from convince.types import Batch, Out, Stage
+from convince.types import Batch, Out, RunSpec, Stage
 
 FEATURES: dict[str, Callable[[nn.Module], bool]] = {
     "forward_features": lambda m: hasattr(m, "forward_features") and hasattr(m, "forward_head"),
@@ -56,7 +56,8 @@ class Run:
         self.model: nn.Module = nn.Identity()
         self.normalise = Normalise(data.preprocess.mean, data.preprocess.std, image=data.preprocess.kind == "image")
         self.extra = nn.ModuleDict()  # trains and is checkpointed, never ships
-        self.members: list[nn.Module] = []  # answers of the runs that fit_members asked for
+        self.children: list[Run] = []  # the runs that fit_members asked for
+        self.child: Callable[[RunSpec], Run] | None = None
         self.edits: list[dict[str, Any]] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self.batch: Batch = Batch(torch.empty(0), None, torch.empty(0, dtype=torch.int64))
@@ -147,6 +148,11 @@ class Run:
         for seat in self.team.seats_with("wrap"):
             answer = seat.technique.wrap(answer)
         return answer
+
+    @property
+    def members(self) -> list[nn.Module]:
+        """The answers of the runs that ``fit_members`` asked for."""
+        return [child.answer.eval() for child in self.children]
 
     def evaluate(self, split: str = "val") -> Scores:
         """Scores of the answer on "train", "val" or "test"; kept until the next step."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from convince.errors import Mistake
 from convince.parts import Card
-from convince.types import Stage
+from convince.types import RunSpec, Stage
 
 if TYPE_CHECKING:
     from convince.fit.run import Run
@@ -74,6 +74,10 @@ class Technique:
         """Stages that come before the main ones (pretraining); those of several parts stack."""
         return []
 
+    def fit_members(self, run: Run) -> list[RunSpec]:
+        """Further runs, trained before this one's stages; their answers are ``run.members``, in order."""
+        return []
+
     def wrap(self, answer: nn.Module) -> nn.Module:
         """Wrap the finished answer (temperature, crop selection)."""
         return answer
@@ -119,7 +123,7 @@ class Team:
     def __init__(self, seats: list[Seat], gives: tuple[str, ...] = ("images", "labels", "logits")) -> None:
         self.seats = sorted(seats, key=lambda seat: (seat.technique.rank, seat.name))
         self._refuse(gives)
-        self._hooks = {hook: [seat for seat in self.seats if seat.has(hook)] for hook in (*HOOKS, "before", "wrap")}
+        self._hooks = {hook: [seat for seat in self.seats if seat.has(hook)] for hook in (*HOOKS, "before", "fit_members", "wrap")}
         self._owners = {slot: seat for seat in self.seats for slot in seat.claims}
 
     def _refuse(self, gives: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from convince.backbones import builder, card_of
+from convince.backbones import builder
 from convince.data import Data
 from convince.errors import Mistake
 from convince.fit import folder as disk
@@ -123,8 +123,9 @@ def prepare(settings: Settings, data: Data, *, record: Record | None = None, dro
     team = Team([made for made in seats if not (drop_off and is_off(made))], gives=tuple(gives))
     plan = precision.choose(settings.precision, data.preprocess.kind)
     build = builder(settings.model, num_classes=data.k, in_chans=data.preprocess.channels, size=data.preprocess.size)
-    card_of(settings.model)
-    return Run(settings, data, team, build, plan, processes.world(), record)
+    run = Run(settings, data, team, build, plan, processes.world(), record)
+    run.child = lambda spec: prepare(settings.updated(**{"parts": (), **spec.settings}), data, drop_off=drop_off)
+    return run
 
 
 def train(settings: Settings, data: Data, *, folder: Path | None = None, progress: Progress | None = None, began: float | None = None) -> Trained:
