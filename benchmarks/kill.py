@@ -52,6 +52,8 @@ def trial(folder: Path, draw: random.Random, seconds: float) -> tuple[str, list[
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             moments.append(moment)
+        if (run / "structure.json").exists() and not (run / "checkpoint.safetensors").exists():
+            return json.loads((run / "structure.json").read_text())["weights_sha256"], moments  # killed after its end
         if (run / "config.yaml").exists():
             command = convince("train", "--resume", str(run), "--json")
         if process.returncode == 0:

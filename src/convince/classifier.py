@@ -37,6 +37,18 @@ class Classifier(ClassifierMixin, BaseEstimator):
     Raises :class:`~convince.errors.Mistake`, a ValueError, for what a person can mend.
     """
 
+    model: str | None
+    parts: Sequence[str]
+    epochs: int | None
+    batch: int | None
+    lr: float | None
+    augment: str
+    size: int | None
+    fit_mode: str
+    precision: str
+    val: float
+    seed: int
+
     @no_type_check  # scikit-learn sets parameters to anything and expects fit to complain
     def __init__(
         self,

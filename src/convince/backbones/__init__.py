@@ -17,6 +17,11 @@ def names() -> list[str]:
     return [n for row in parts.find() if isinstance(row, parts.Part) and row.card.kind == "backbone" for n in (row.name, *row.card.variants)]
 
 
+def card_of(spec: str) -> parts.Card | None:
+    """The card behind a model's name, or None for ``timm/NAME``."""
+    return None if spec.startswith("timm/") else _find(parts.parse(spec)[0])[0].card
+
+
 def builder(spec: str, *, num_classes: int, in_chans: int, size: tuple[int, ...]) -> Callable[[], nn.Module]:
     """A call that builds the network, random weights drawn from the global state.
 
