@@ -75,12 +75,21 @@ def _data(result: Trained) -> dict[str, Any]:
     }
     if p.kind == "image":
         facts["fitting"] = {"mode": p.fit, "size": list(p.size), "channels": p.channels, "mean": list(p.mean), "std": list(p.std)}
-        rows = data.split.train[:PICTURES]
+        rows = _one_of_each(data.y, data.split.train)
         facts["examples"] = [
             {"image": image, "label": data.classes[y] if y >= 0 else "unlabelled"}
             for image, y in zip(_pixels(data.x.take(rows)), data.y[rows].tolist(), strict=True)
         ]
     return facts
+
+
+def _one_of_each(y: Tensor, rows: Tensor) -> Tensor:
+    """The first row of each class in turn, at most PICTURES; then the second ones where there are few classes."""
+    ranks = torch.zeros(len(rows), dtype=torch.int64)
+    for c in y[rows].unique():
+        inside = (y[rows] == c).nonzero()[:, 0]
+        ranks[inside] = torch.arange(len(inside))
+    return rows[ranks.argsort(stable=True)[:PICTURES]]
 
 
 def _history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
