@@ -1,0 +1,1 @@
+"""Augmentations: what changes training images and their labels, a batch at a time."""

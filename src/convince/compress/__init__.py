@@ -1,0 +1,1 @@
+"""Compressors: smaller networks, and what they cost in accuracy and time."""

@@ -1,0 +1,1 @@
+"""Data quality: hard, mislabelled and unequal data, and what to do about it."""

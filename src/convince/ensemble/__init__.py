@@ -1,0 +1,1 @@
+"""Ensembles: answers made of several networks."""

@@ -1,0 +1,1 @@
+"""Explainers: why an answer was given."""

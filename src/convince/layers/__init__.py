@@ -1,0 +1,1 @@
+"""Layers: drop-in modules, edited into networks that exist."""

@@ -1,0 +1,1 @@
+"""Losses: from scores and labels to one number."""

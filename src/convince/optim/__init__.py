@@ -1,0 +1,1 @@
+"""Optimisers: how weights move."""

@@ -1,0 +1,1 @@
+"""Pretraining: stages that need no labels, before the main training."""

@@ -1,0 +1,1 @@
+"""Recipes: applications, from a person's data to settings that train."""

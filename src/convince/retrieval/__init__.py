@@ -1,0 +1,1 @@
+"""Retrieval: embeddings in which near means alike."""

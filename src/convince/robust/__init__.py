@@ -1,0 +1,1 @@
+"""Robustness: attacks, shifts, and answers that withstand them."""

@@ -1,0 +1,1 @@
+"""Training: small techniques without a paper."""
