@@ -36,9 +36,8 @@ def test_commands_and_files_that_a_page_names_exist(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}, which does not exist"
     for room, file in re.findall(r"`([a-z_]+)/((?:image/)?[a-z0-9_]+\.py)`", text):
-        assert (ROOT / "src/convince" / room / file).exists() or (ROOT / room / file).exists() or (ROOT / "src" / room / file).exists(), (
-            f"{page} names {room}/{file}"
-        )
+        places = [ROOT / "src/convince" / room / file, ROOT / "src" / room / file, ROOT / room / file]
+        assert any(place.exists() for place in places), f"{page} names {room}/{file}"
 
 
 def test_the_parts_page_can_be_made():

@@ -77,7 +77,7 @@ class Int8Layer(nn.Module):
         if self.geometry is None:
             return F.linear(x, codes) * scale + self.bias
         y = F.conv2d(x, codes, None, **self.geometry)
-        return F.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, self.bias, eps=0.0)  # y * scale + bias in one pass
+        return F.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, self.bias, eps=1e-30)  # y * scale + bias in one pass; 1 + 1e-30 is 1
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, w_bits={self.w_bits}, {'linear' if self.geometry is None else self.geometry}"
