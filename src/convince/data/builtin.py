@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
 import zlib
 from pathlib import Path
@@ -45,14 +46,14 @@ def from_builtin(name: str, cache: Path) -> Found:
 
 
 def _digits() -> Found:
-    """1,797 scanned digits, 8 x 8 grey; 0..16 becomes round(v * 255 / 16)."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)
-    x = torch.from_numpy(pixels[:, None].copy())
+    """1,797 scanned digits, 8 x 8 grey; 0..16 becomes round(v * 255 / 16). Read from scikit-learn's file: importing it takes seconds."""
+    home = importlib.util.find_spec("sklearn")
+    assert home is not None
+    assert home.origin is not None
+    rows = np.loadtxt(Path(home.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels = np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     classes = tuple(str(digit) for digit in range(10))
-    return Found("digits", raw.target.astype(np.int64), classes, x=x, fixed=True)
+    return Found("digits", rows[:, 64].astype(np.int64), classes, x=torch.from_numpy(pixels), fixed=True)
 
 
 def from_npz(path: Path, origin: str, cache: Path, group: Any = None) -> Found:

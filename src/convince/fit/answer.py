@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from convince.data import Data
 from convince.fit.precision import Plan, full
 from convince.fit.processes import World
+from convince.report.reckon import wilson
 
 
 @final
@@ -79,10 +80,7 @@ class Scores:
     @property
     def accuracy_interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the accuracy."""
-        from scipy.stats import binomtest
-
-        interval = binomtest(int(self.correct.sum()), self.n).proportion_ci(0.95, method="wilson")
-        return float(interval.low), float(interval.high)
+        return wilson(int(self.correct.sum()), self.n)
 
     @property
     def log_loss(self) -> float:

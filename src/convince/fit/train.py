@@ -82,7 +82,7 @@ def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
         changes["batch"] = 128 if n >= 4000 else 64 if n >= 500 else max(min(32, n // 4), 2)
         notes.append(f"batch {changes['batch']}: for {n} training samples")
     if settings.epochs is None and settings.steps is None and settings.minutes is None:
-        seen = 30_000 if side <= 48 else 48_000
+        seen = 24_000 if side <= 48 else 48_000
         changes["epochs"] = min(max(round(seen / max(n, 1)), 12), 40 if image else 100)
         notes.append(f"epochs {changes['epochs']}: about {seen:,} samples, at least 12 and at most {40 if image else 100} passes")
     batch = changes.get("batch") or settings.batch or 1
