@@ -27,6 +27,7 @@ A run's place is (seed, stage, epoch, step) and the parts' own state; nothing el
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
         if state is not None:
             restore_run(run, state)
         saver = Saver(run, checkpoint, state)
-        ahead = _stages_before(run)
+        ahead = stages_before(run)
         while (stage := _stage(run, ahead)) is not None:
             _train_stage(run, stage, saver, progress)
             run.stage_number, run.epoch, run.step, run.stage_steps = run.stage_number + 1, 0, 0, 0
@@ -114,7 +115,8 @@ class Saver:
         self.last = time.monotonic()
 
 
-def _stages_before(run: Run) -> list[Stage]:
+def stages_before(run: Run) -> list[Stage]:
+    """The stages that parts put before the main ones, each with its owner."""
     ahead = []
     for seat in run.team.seats_with("before"):
         for stage in seat.technique.before(run):
@@ -138,6 +140,8 @@ def _stage(run: Run, ahead: list[Stage]) -> Stage | None:
 
 
 def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None) -> None:
+    if run.most_steps is not None:
+        stage = dataclasses.replace(stage, steps=min(stage.steps or run.most_steps, run.most_steps))
     resumed, saver.resumed = saver.resumed, None
     fresh = resumed is None or resumed["optimizer"] is None
     run.stage, run.stopped = stage, False if fresh else run.stopped

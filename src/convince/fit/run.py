@@ -70,6 +70,7 @@ class Run:
         self.steps_done = 0  # in all stages
         self.stage_steps = 0  # in this stage
         self.stopped = False
+        self.most_steps: int | None = None  # of every stage: a pilot does a few of each
         self._scores: dict[str, Scores] = {}
         self._taps: dict[str, Tensor] = {}
         self._tapping = True
