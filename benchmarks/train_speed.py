@@ -148,6 +148,11 @@ def ours(setting: str) -> dict[str, float]:
 
 
 def one(contender: str, setting: str) -> None:
+    import torch._dynamo  # noqa: F401  what any optimiser imports at its first step; torchvision does so before the clock starts
+    import torchvision  # noqa: F401
+
+    import convince.fit.train  # noqa: F401
+
     found = dict(zip(CONTENDERS, (plain, by_hand, ours), strict=True))[contender](setting)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(json.dumps({**found, "peak_bytes": peak}))
