@@ -30,7 +30,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 def run(out: Path, processes: int, model: str, precision: str) -> dict:
     start = [sys.executable, "-m"] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     words = ["convince", "train", "digits", "--model", model, "--steps", "50", "--batch", "64", "--with", "cutmix", "--lr", "0.05"]
-    done = subprocess.run([*start, *words, "--precision", precision, "--out", str(out), "--json"], capture_output=True, text=True, env=ENV, check=True)
+    done = subprocess.run([*start, *words, "--precision", precision, "--out", str(out), "--json"], capture_output=True, text=True, env=ENV)
+    if done.returncode:
+        raise SystemExit(f"{processes} processes failed:\n{done.stdout}\n{done.stderr}")
     return json.loads(done.stdout)
 
 

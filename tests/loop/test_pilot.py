@@ -24,4 +24,3 @@ def test_a_long_stage_before_is_timed_not_run(monkeypatch):
     """A pretext of 100,000 epochs would take hours; the pilot refuses it in a moment, and names it."""
     with pytest.raises(Mistake, match=r"the stages before \(rotnet\) take .* minutes"):
         pilot(settings(**HOW, minutes=0.5, parts=("rotnet:epochs=100000",)), tiny_images())
-
