@@ -78,14 +78,14 @@ def command(data: str | None, out: str | None, resume: str | None, as_json: bool
         )  # fmt: skip
         tell(found)
         result = train(asked_for, found, folder=folder, progress=bar, began=began)
-    result.run.processes.close()
+    result.run.processes.wait()
     if result.run.rank == 0:
         report = write_run_report(result)
         result.seconds["total"] = time.monotonic() - began
         for checkpoint in folder.glob(f"*{CHECKPOINT}"):
             checkpoint.unlink()
         emit(result.summary(), as_json, sentence(result) + f"\nreport: {report}")
-    if result.run.world > 1:  # gloo's threads can abort an interpreter that shuts down; all that matters is on disk
+    if result.run.world > 1:  # taking gloo's threads down can abort the process; all that matters is on disk
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -99,12 +99,11 @@ class World:
         dist.all_reduce(summed)
         return summed.to(tensor.device)
 
-    def close(self) -> None:
-        """Wait for the others and leave; a process that just exits takes its neighbours down."""
+    def wait(self) -> None:
+        """Wait for the others; a process that ends while they still talk takes them down."""
         if self.size > 1 and dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # a neighbour that is through has closed its side: all have arrived
                 dist.barrier()
-            dist.destroy_process_group()
 
 
 def _wire() -> str:
