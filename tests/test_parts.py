@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 
 import pytest
 from hypothesis import given
@@ -83,19 +82,12 @@ def test_broken_and_twin_files_are_listed_beside_the_good(tmp_path, monkeypatch)
         parts.find.cache_clear()
 
 
-def test_three_hundred_files_are_read_in_a_tenth_of_a_second(tmp_path, monkeypatch):
-    """A bound with room: 0.03 s alone here. The files are as long as real ones."""
+def test_three_hundred_files_are_all_read(tmp_path):
     body = "\n".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(60))
     for i in range(300):
         (tmp_path / f"p{i}.py").write_text(card("").replace('"mine"', f'"mine-{i}"') + body)
-    best = math.inf
-    for _ in range(5):
-        start = time.process_time()
-        rows = [read(path) for path in sorted(tmp_path.iterdir())]
-        best = min(best, time.process_time() - start)
-    assert len(rows) == 300
-    assert all(isinstance(row, Part) for row in rows)
-    print(f"300 files: {best:.3f} s")
+    rows = [read(path) for path in sorted(tmp_path.iterdir())]
+    assert sorted(row.name for row in rows) == sorted(f"mine-{i}" for i in range(300))
 
 
 def test_listing_imports_no_part():
