@@ -60,6 +60,22 @@ class Stage:
     owner: Any = None  # filled in by the loop
 
 
+@dataclass
+class StageCost:
+    """What a stage cost in this session: steps planned and done, rows through the network, the time each step ended.
+
+    ``main`` is False for stages that parts put before the main ones; ``marks`` [s] are kept by a survey only.
+    """
+
+    name: str
+    main: bool
+    planned: int = 0
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    marks: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """A further run inside a fit: the settings that differ from the run's own, by name (``{"model": ..., "seed": ...}``)."""

@@ -5,7 +5,7 @@ import pytest
 from convince.checks.subject import tiny_images
 from convince.errors import Mistake
 from convince.fit.settings import settings
-from convince.fit.train import pilot
+from convince.fit.survey import pilot
 
 HOW = {"model": "small-cnn:widths=(4,8)", "batch": 8, "augment": "none", "precision": "fp32"}
 

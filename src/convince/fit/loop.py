@@ -44,7 +44,7 @@ from convince.fit.randomness import generator, preserved, seed_global
 from convince.fit.run import Run
 from convince.fit.state import load_optimizer, named, read_tree, restore_run, run_state, write_tree
 from convince.fit.weights import build_by_name
-from convince.types import Batch, Out, Stage
+from convince.types import Batch, Out, Stage, StageCost
 
 Progress = Callable[[int, int, str], None]  # steps done, steps of the stage, a line of text
 
@@ -60,7 +60,7 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
         saver = Saver(run, checkpoint, state)
         ahead = stages_before(run)
         while (stage := _stage(run, ahead)) is not None:
-            _train_stage(run, stage, saver, progress)
+            _train_stage(run, stage, saver, progress, main=run.stage_number >= len(ahead))
             run.stage_number, run.epoch, run.step, run.stage_steps = run.stage_number + 1, 0, 0, 0
             run.optimizer = None
         run.stage = Stage("end", 0)
@@ -88,9 +88,11 @@ def _fit_members(run: Run, checkpoint: Path | None, progress: Progress | None) -
     for i, spec in enumerate(specs):
         assert run.child is not None
         child = run.child(spec)
+        child.most_steps = run.most_steps
         fit(child, None if checkpoint is None else checkpoint.with_name(f"member-{i}-{checkpoint.name}"), progress)
         run.children.append(child)
         run.images += child.images
+        run.ledger += child.ledger
 
 
 class Saver:
@@ -139,7 +141,10 @@ def _stage(run: Run, ahead: list[Stage]) -> Stage | None:
     return stage
 
 
-def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None) -> None:
+def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None, *, main: bool) -> None:
+    cost, images, began = StageCost(stage.name, main), run.images, time.monotonic()
+    run.ledger.append(cost)
+    asked = stage.steps
     if run.most_steps is not None:
         stage = dataclasses.replace(stage, steps=min(stage.steps or run.most_steps, run.most_steps))
     resumed, saver.resumed = saver.resumed, None
@@ -164,11 +169,15 @@ def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None
             raise Mistake(f"the stage {stage.name!r} has no samples to train on")
         begin = first_step if epoch == first_epoch else 0
         total = len(batches) * stage.epochs
+        cost.planned = cost.planned or (total if asked is None else asked)
         if stage.steps is not None:
             total, batches = stage.steps, batches[: begin + stage.steps - run.stage_steps]
         for step, batch in enumerate(_load(run, stage, batches[begin:], rows.shape[1] if rows.dim() == 2 else 1), begin):
             run.step = step
             _step(run, stage, batch, saver, run.stage_steps / total)
+            cost.steps += 1
+            if run.most_steps is not None:
+                cost.marks.append(time.monotonic())
             saver.save(epoch, step + 1)
             if progress is not None:
                 progress(run.stage_steps, total, f"{stage.name}, epoch {epoch + 1}")
@@ -177,6 +186,7 @@ def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None
         saver.tally.zero_()
         epoch += 1
         saver.save(epoch, 0, now=True)
+    cost.images, cost.seconds = run.images - images, time.monotonic() - began
 
 
 def _order(run: Run, stage: Stage) -> Tensor:

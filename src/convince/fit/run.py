@@ -22,7 +22,7 @@ from convince.fit.settings import Settings
 from convince.fit.state import resize_run
 from convince.fit.technique import Team
 from convince.fit.weights import edit_by_name
-from convince.types import Batch, Out, RunSpec, Stage
+from convince.types import Batch, Out, RunSpec, Stage, StageCost
 
 FEATURES: dict[str, Callable[[nn.Module], bool]] = {
     "forward_features": lambda m: hasattr(m, "forward_features") and hasattr(m, "forward_head"),
@@ -70,7 +70,8 @@ class Run:
         self.steps_done = 0  # in all stages
         self.stage_steps = 0  # in this stage
         self.stopped = False
-        self.most_steps: int | None = None  # of every stage: a pilot does a few of each
+        self.most_steps: int | None = None  # of every stage: a survey does a few of each
+        self.ledger: list[StageCost] = []  # what each stage of this session has cost, members' stages first
         self._scores: dict[str, Scores] = {}
         self._taps: dict[str, Tensor] = {}
         self._tapping = True

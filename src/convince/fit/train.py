@@ -19,7 +19,7 @@ from convince.fit import folder as disk
 from convince.fit import precision, processes
 from convince.fit.adapters import is_off, seat
 from convince.fit.answer import Scores
-from convince.fit.loop import Progress, fit, stages_before
+from convince.fit.loop import Progress, fit
 from convince.fit.record import Record
 from convince.fit.run import Run
 from convince.fit.settings import Settings
@@ -137,6 +137,8 @@ def train(settings: Settings, data: Data, *, folder: Path | None = None, progres
     began = time.monotonic() if began is None else began
     settings, notes = resolve(settings, data)
     if settings.minutes is not None and settings.steps is None:
+        from convince.fit.survey import pilot
+
         settings, note = pilot(settings, data)
         notes.append(note)
     world = processes.world()
@@ -156,41 +158,6 @@ def train(settings: Settings, data: Data, *, folder: Path | None = None, progres
     if folder is not None and world.rank == 0:
         disk.write_model(folder, run)
     return result
-
-
-def pilot(settings: Settings, data: Data, steps: int = 12) -> tuple[Settings, str]:
-    """Turn minutes into steps of the main stages by timing a few of every stage; the run that follows starts anew.
-
-    Bits are promised for steps, not for seconds, so the number found is written to the config. Stages before the main
-    ones keep their epochs; what they will take is counted off.
-    """
-    assert settings.minutes is not None
-    assert settings.batch is not None
-    budget = settings.minutes * 60 * 0.92  # the rest: loading, evaluation, the report
-    per_epoch = max(len(data.split.train) // settings.batch, 1)
-    run = prepare(settings.updated(minutes=None, epochs=1), data)
-    run.most_steps = steps
-    marks: dict[int, list[float]] = {}
-    start = time.monotonic()
-    fit(run, None, lambda done, total, text: marks.setdefault(run.stage_number, []).append(time.monotonic()))
-    closing = max(time.monotonic() - max(m[-1] for m in marks.values()), 0.0)  # evaluation and what ends an epoch
-    second = {number: _each(m, start) for number, m in marks.items()}
-    ahead = stages_before(run)
-    before = sum(stage.epochs * per_epoch * second.get(i, 0.0) for i, stage in enumerate(ahead))
-    main = max(second[number] for number in second if number >= len(ahead))
-    found = int((budget - before) / (main + closing / per_epoch))
-    if found < 1:
-        part = f"the stages before ({', '.join(stage.name for stage in ahead)}) take {before / 60:.1f} minutes" if ahead else f"one step takes {main:.1f} s"
-        raise Mistake(f"--minutes {settings.minutes:g}: {part} here; give more minutes, fewer epochs to those stages, or a smaller --model or --size")
-    epochs = math.ceil(found / per_epoch)
-    note = f"{settings.minutes:g} minutes: {found} steps ({epochs} epochs), from a pilot at {main * 1000:.0f} ms a step"
-    return settings.updated(minutes=None, steps=found, epochs=epochs), note
-
-
-def _each(marks: list[float], start: float) -> float:
-    """Seconds a step, the first third left out."""
-    counted = marks[len(marks) // 3 :]
-    return (counted[-1] - counted[0]) / (len(counted) - 1) if len(counted) > 1 else marks[-1] - start
 
 
 def peak_bytes() -> int:
