@@ -62,9 +62,9 @@ class Stage:
 
 @dataclass
 class StageCost:
-    """What a stage cost in this session: steps planned and done, rows through the network, the time each step ended.
+    """What a stage cost in this session: steps planned and done, rows through the network in training, seconds.
 
-    ``main`` is False for stages that parts put before the main ones; ``marks`` [s] are kept by a survey only.
+    ``main`` is False for stages that parts put before the main ones; ``marks`` is what a survey's meter read after each step.
     """
 
     name: str

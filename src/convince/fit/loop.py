@@ -88,7 +88,7 @@ def _fit_members(run: Run, checkpoint: Path | None, progress: Progress | None) -
     for i, spec in enumerate(specs):
         assert run.child is not None
         child = run.child(spec)
-        child.most_steps = run.most_steps
+        child.most_steps, child.meter = run.most_steps, run.meter
         fit(child, None if checkpoint is None else checkpoint.with_name(f"member-{i}-{checkpoint.name}"), progress)
         run.children.append(child)
         run.images += child.images
@@ -177,7 +177,7 @@ def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None
             _step(run, stage, batch, saver, run.stage_steps / total)
             cost.steps += 1
             if run.most_steps is not None:
-                cost.marks.append(time.monotonic())
+                cost.marks.append(run.meter())
             saver.save(epoch, step + 1)
             if progress is not None:
                 progress(run.stage_steps, total, f"{stage.name}, epoch {epoch + 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,6 +72,7 @@ class Run:
         self.stage_steps = 0  # in this stage
         self.stopped = False
         self.most_steps: int | None = None  # of every stage: a survey does a few of each
+        self.meter: Callable[[], float] = time.monotonic  # what a survey reads after each step
         self.ledger: list[StageCost] = []  # what each stage of this session has cost, members' stages first
         self._scores: dict[str, Scores] = {}
         self._taps: dict[str, Tensor] = {}

@@ -21,7 +21,10 @@ from convince.types import StageCost
 
 @dataclass(frozen=True)
 class Survey:
-    """What the stages of a training will take: ``before`` and ``main``, and ``closing`` seconds at the end of an epoch."""
+    """What the stages of a training will take: those ``before`` the main ones, and the ``main`` ones.
+
+    A stage's marks are seconds, or operations where those were counted; ``closing`` are the seconds at the end of an epoch.
+    """
 
     run: Run
     before: list[StageCost]
@@ -33,28 +36,36 @@ class Survey:
         """Rows through the network in training, as planned."""
         return sum(stage.planned * stage.images / max(stage.steps, 1) for stage in stages)
 
-    def seconds_of(self, stages: list[StageCost]) -> float:
-        """Seconds of training, as planned."""
-        return sum(stage.planned * seconds_a_step(stage.marks, self.began) for stage in stages)
-
-    def steps_of(self, stages: list[StageCost]) -> int:
-        """Steps, as planned."""
-        return sum(stage.planned for stage in stages)
+    def amount_of(self, stages: list[StageCost]) -> float:
+        """Seconds of training (or operations), as planned."""
+        return sum(stage.planned * each(stage.marks, self.began) for stage in stages)
 
 
-def survey(settings: Settings, data: Data, steps: int = 12) -> Survey:
-    """Do ``steps`` of every stage of a training that is then thrown away; the one that follows starts anew."""
+def survey(settings: Settings, data: Data, steps: int = 12, *, operations: bool = False) -> Survey:
+    """Do ``steps`` of every stage of a training that is then thrown away; the one that follows starts anew.
+
+    With ``operations`` the floating-point operations of forward and backward passes are counted instead of seconds
+    (convolutions and matrix products, as torch's counter sees them).
+    """
     run = prepare(settings, data)
     run.most_steps = steps
     began = time.monotonic()
-    fit(run)
+    if operations:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            run.meter = counter.get_total_flops
+            fit(run)
+        began = 0.0
+    else:
+        fit(run)
     last = max((stage.marks[-1] for stage in run.ledger if stage.marks), default=began)
-    closing = max(time.monotonic() - last, 0.0)  # evaluation and what ends an epoch
+    closing = 0.0 if operations else max(time.monotonic() - last, 0.0)  # evaluation and what ends an epoch
     return Survey(run, [c for c in run.ledger if not c.main], [c for c in run.ledger if c.main], closing, began)
 
 
-def seconds_a_step(marks: list[float], began: float) -> float:
-    """Seconds a step, the first third left out."""
+def each(marks: list[float], began: float) -> float:
+    """What a step adds to the meter, the first third of the steps left out."""
     counted = marks[len(marks) // 3 :]
     if len(counted) > 1:
         return (counted[-1] - counted[0]) / (len(counted) - 1)
@@ -68,9 +79,9 @@ def pilot(settings: Settings, data: Data, steps: int = 12) -> tuple[Settings, st
     budget = settings.minutes * 60 * 0.92  # the rest: loading, evaluation, the report
     per_epoch = max(len(data.split.train) // settings.batch, 1)
     seen = survey(settings.updated(minutes=None, epochs=1), data, steps)
-    before = seen.seconds_of(seen.before)
-    one = max(seconds_a_step(stage.marks, seen.began) for stage in seen.main)
-    main = max(one, seen.seconds_of(seen.main) / per_epoch)  # members train too, each as long
+    before = seen.amount_of(seen.before)
+    one = max(each(stage.marks, seen.began) for stage in seen.main)
+    main = max(one, seen.amount_of(seen.main) / per_epoch)  # members train too, each as long
     found = int((budget - before) / (main + seen.closing / per_epoch))
     if found < 1:
         names = ", ".join(stage.name for stage in seen.before)
