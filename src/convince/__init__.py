@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Card", "Classifier", "find", "load", "make", "open_run"]
+__all__ = ["Card", "Classifier", "compare", "find", "load", "make", "open_run"]
 
 if TYPE_CHECKING:
     from convince.classifier import Classifier
+    from convince.comparison import compare
     from convince.data import load
     from convince.fit.folder import open_run
     from convince.parts import Card, find, make
@@ -21,6 +22,7 @@ _HOMES = {
     "find": "convince.parts",
     "make": "convince.parts",
     "Classifier": "convince.classifier",
+    "compare": "convince.comparison",
     "load": "convince.data",
     "open_run": "convince.fit.folder",
 }

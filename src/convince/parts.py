@@ -40,7 +40,7 @@ KINDS = (
     "study",
 )
 PACKAGE = Path(__file__).resolve().parent
-NOT_ROOMS = {"cli", "data", "fit", "report", "claims", "evidence", "checks", "compare", "__pycache__"}
+NOT_ROOMS = {"cli", "data", "fit", "report", "claims", "evidence", "checks", "comparison", "__pycache__"}
 
 
 @dataclass(frozen=True)

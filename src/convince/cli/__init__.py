@@ -16,6 +16,7 @@ from convince.errors import Mistake, nearest
 
 COMMANDS = {
     "train": "Train a classifier on your data and write a report.",
+    "compare": "Try parts against a baseline on your data, with honest statistics.",
     "evaluate": "Score a run on data.",
     "predict": "Answer for files with a run.",
     "explain": "Show where a run looks.",
