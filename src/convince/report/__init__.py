@@ -20,8 +20,11 @@ def write_report(path: Path | str, facts: Mapping[str, Any]) -> Path:
     """
     from convince.report.page import render
 
-    path = Path(path)
-    text = render(facts)
+    return put(Path(path), render(facts))
+
+
+def put(path: Path, text: str) -> Path:
+    """Write a page, whole or not at all, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

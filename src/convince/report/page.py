@@ -38,24 +38,29 @@ NAMES = {
 
 def render(facts: Mapping[str, Any]) -> str:
     """The whole page as text; :func:`convince.report.write_report` puts it in a file."""
+    return fill("template.html", view(facts))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """A template with these values, the report's style and its script."""
     from markupsafe import Markup
 
     script = (HERE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (HERE / "style.css").read_text(encoding="utf-8")
-    return _template().render(view(facts), style=Markup(style), script=Markup(script), script_hash=digest)
+    return _template(template).render(values, style=Markup(style), script=Markup(script), script_hash=digest)
 
 
 @cache
-def _template() -> Template:
-    """The template, compiled once."""
+def _template(name: str) -> Template:
+    """A template, compiled once."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
     tools = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     tools.filters.update(svg=Markup, percent=units.percent, count=units.count, number=units.number, decimal=units.decimal)
     tools.globals.update(finite=finite, bar=figures.bar_row, interval_bar=figures.interval_bar, shown=_shown)
-    return tools.get_template("template.html")
+    return tools.get_template(name)
 
 
 def view(facts: Mapping[str, Any]) -> dict[str, Any]:
