@@ -16,6 +16,8 @@ from convince.errors import Mistake
 @click.argument("data", required=False)
 @click.option("--model", metavar="NAME", help="A network: resnet20, timm/NAME, name:key=value. Chosen from the data if left out.")
 @click.option("--with", "parts", multiple=True, metavar="PART", help="Switch a part on: --with cutmix --with poly1:epsilon=2. Repeatable.")
+@click.option("--pretrain-only", is_flag=True, default=None, help="Stop after the stages before the main one (rotnet, spark ...); unlabelled pictures will do.")
+@click.option("--start", metavar="RUN", help="Begin with the weights of another run, where names and shapes agree.")
 @click.option("--epochs", type=int, metavar="N", help="Passes over the training part.")
 @click.option("--minutes", type=float, metavar="M", help="Train for about this long; turned into steps before the first one.")
 @click.option("--steps", type=int, metavar="N", help="Steps of the main stage, in place of epochs.")
@@ -74,7 +76,7 @@ def command(data: str | None, out: str | None, resume: str | None, as_json: bool
         s = asked_for
         found = load(
             s.data, size=s.size, fit=s.fit, val=s.val, test=s.test, seed=s.seed, strict=s.strict, group=s.group, workers=s.workers,
-            progress=lambda done, total: bar(done, total, "reading"),
+            unlabelled=s.pretrain_only, progress=lambda done, total: bar(done, total, "reading"),
         )  # fmt: skip
         tell(found)
         result = train(asked_for, found, folder=folder, progress=bar, began=began)
@@ -104,7 +106,8 @@ def sentence(result: Any) -> str:
     """The result in words."""
     lines = list(result.notes)
     if result.test is None:
-        return "\n".join([*lines, "no test part; nothing to score"])
+        why = f"go on with --start {result.folder} on labelled data" if result.settings.pretrain_only else "no test part; nothing to score"
+        return "\n".join([*lines, why])
     low, high = result.test.accuracy_interval
     s = result.settings
     lines.append(

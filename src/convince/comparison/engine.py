@@ -17,6 +17,7 @@ from convince.comparison import statistics as stats
 from convince.comparison.change import Change, change, with_parts
 from convince.comparison.evidence import POINTS, Evidence, Finding, digits
 from convince.comparison.hands import Cluster, Hands, Here, Job, Workers
+from convince.comparison.judge import Judge
 from convince.comparison.plan import Asked, Plan, Planner, Say, processors
 from convince.errors import Mistake
 from convince.types import Budget
@@ -146,10 +147,7 @@ class Comparison:
         self.metric = metrics.metric(asked.metric)
         self.began = time.monotonic()
         self.done: dict[tuple[str, int], dict[str, Any]] = {}  # (arm, seed) -> result
-        self.out: dict[str, str] = {}  # changes that have left, and why
-        self.seen: dict[str, list[float]] = {c.text: [] for c in asked.changes}  # p-values at the looks
-        self.at: dict[str, list[int]] = {c.text: [] for c in asked.changes}  # pairs at the looks
-        self.ended = False  # no further look will come
+        self.failed: set[str] = set()
         self.spent = 0.0  # seconds of all arms of this session
 
     # -- the way through -------------------------------------------------------------------------------
@@ -162,15 +160,14 @@ class Comparison:
         until = math.inf if self.asked.minutes is None else self.began + self.asked.minutes * 60 - 5
         first = self.plan.looks[0]
         self._train([BASE], range(first), until)
-        self.margin = self._margin()
+        self.judge = Judge([c.text for c in self.changes], self.plan.looks, self.asked.alpha, self._margin(), self.asked.race)
         before = 0
         for look, n in enumerate(self.plan.looks):
-            racing = [c.text for c in self.trained if c.text not in self.out]
-            self._train([BASE, *racing], range(before, n), until)
+            self._train([BASE, *self._racing()], range(before, n), until)
             before = n
             last = look == len(self.plan.looks) - 1 or time.monotonic() + self._pair_seconds() > until
             self._look(last)
-            if last or len(self.out) == len(self.changes):
+            if last or not (self._racing() or any(c.kind != "train" for c in self.changes if c.text not in self.judge.out)):
                 break
         return self._evidence()
 
@@ -300,8 +297,8 @@ class Comparison:
             reason = result.get("mistake") or result["defect"].strip().splitlines()[-1]
             if arm == BASE:
                 raise Mistake(f"the baseline cannot be trained: {reason}") if "mistake" in result else RuntimeError(result["defect"])
-            if arm not in self.out:
-                self.out[arm] = "failed"
+            if arm not in self.failed:
+                self.failed.add(arm)
                 self.plan.refused.append({"change": arm, "reason": f"seed {job['settings']['seed']}: {reason}"})
                 self.say(f"{arm}: failed with seed {job['settings']['seed']}: {reason}")
             return
@@ -312,9 +309,13 @@ class Comparison:
     def _rows(self, arm: str) -> dict[int, dict[str, Any]]:
         return {at: row for (name, at), row in sorted(self.done.items(), key=lambda item: item[0][1]) if name == arm}
 
+    def _racing(self) -> list[str]:
+        """Changes that still need runs."""
+        return [c.text for c in self.trained if c.text not in self.judge.out and c.text not in self.failed]
+
     def _pair_seconds(self) -> float:
         """Seconds that one more seed of all arms still in takes."""
-        arms = [self.plan.baseline, *(self.plan.arms[c.text] for c in self.trained if c.text not in self.out)]
+        arms = [self.plan.baseline, *(self.plan.arms[text] for text in self._racing())]
         return sum(arm.seconds for arm in arms) / max(self.plan.workers, 1)
 
     # -- looking ---------------------------------------------------------------------------------------
@@ -326,65 +327,17 @@ class Comparison:
         both = [at for at in base if at in mine and name in mine[at]["metrics"] and name in base[at]["metrics"]]
         return both, [mine[at]["metrics"][name] - base[at]["metrics"][name] for at in both]
 
-    def _found(self, text: str) -> stats.Paired | None:
-        """The paired statistics of a change, turned so that positive is better; None before the second pair."""
-        _, d = self._differences(text)
-        return stats.paired([self.metric.sign * x for x in d]) if len(d) > 1 else None
-
-    def _schedule(self, text: str) -> stats.Looks:
-        """The looks of a change: those that were, then those to come (the last one moved where time ran out)."""
-        were = self.at[text]
-        coming = [n for n in self.plan.looks if not were or n > were[-1]]
-        whole = were if self.ended and text not in self.out else [*were, *coming]  # who left early keeps the looks that were planned
-        return stats.Looks(tuple(whole) or tuple(self.plan.looks))
-
     def _look(self, last: bool) -> None:
-        """Test every change that is still in; those decided, or without hope of being the best, leave."""
-        self.ended = last
-        for c in self.changes:
-            found = self._found(c.text)
-            if c.text in self.out or found is None or (self.at[c.text] and found.n <= self.at[c.text][-1]):
-                continue
-            self.seen[c.text].append(found.p)
-            self.at[c.text].append(found.n)
-        if last:
-            return
-        corrected, bounds = self._corrected(), {}
-        for c in self.changes:
-            found = self._found(c.text)
-            if c.text in self.out or found is None:
-                continue
-            level = self._level(c.text)
-            bounds[c.text] = found.interval(level)
-            verdict = stats.verdict(found, corrected[c.text], self.margin, self.asked.alpha, sure=level)
-            if verdict in ("worse", "equivalent") or (verdict == "better" and not self.asked.race):
-                self.out[c.text] = f"{verdict} after {found.n} pairs"
-        if self.asked.race and bounds:
-            best = max(low for low, _ in bounds.values())
-            for text, (_, high) in bounds.items():
-                if high < best and text not in self.out:
-                    self.out[text] = f"behind the best after {self.at[text][-1]} pairs"
-        for text, why in self.out.items():
-            if why != "failed" and text in bounds:
-                self.say(f"{text}: {why}")
-
-    def _corrected(self) -> dict[str, float]:
-        """P-values corrected for the looks, then for the number of changes (Holm); all changes count, also those that left."""
-        texts = [c.text for c in self.changes if self.seen[c.text]]
-        one = [self._schedule(text).sequential_p(self.seen[text]) for text in texts]
-        missing = len(self.changes) - len(texts)
-        return dict(zip(texts, stats.holm([*one, *[1.0] * missing]), strict=False))
-
-    def _level(self, text: str) -> float:
-        """Confidence of an interval at the latest look of a change, so that 95 % holds over all looks."""
-        looks = self._schedule(text)
-        return 1 - looks.limits(self.asked.alpha)[max(len(self.at[text]) - 1, 0)]
+        """Hand the pairs so far to the judge; say who leaves."""
+        turned = {c.text: [self.metric.sign * d for d in self._differences(c.text)[1]] for c in self.changes}
+        for text, why in self.judge.look(turned, last=last).items():
+            self.say(f"{text}: {why}")
 
     # -- what was found --------------------------------------------------------------------------------
 
     def _evidence(self) -> Evidence:
-        corrected = self._corrected()
-        findings = [self._finding(c, corrected[c.text]) for c in self.changes if c.text in corrected]
+        corrected = self.judge.corrected()
+        findings = [self._finding(c, corrected[c.text]) for c in self.changes if c.text in corrected and c.text not in self.failed]
         findings.sort(key=lambda f: -f.difference * self.metric.sign)
         told = {row["change"] for row in self.plan.refused} | {f.change for f in findings}
         late = [{"change": c.text, "reason": "the time ended before its second pair"} for c in self.changes if c.text not in told]
@@ -414,11 +367,11 @@ class Comparison:
         )
 
     def _finding(self, c: Change, p_corrected: float) -> Finding:
-        found = self._found(c.text)
-        assert found is not None
+        found, margin = self.judge.found[c.text], self.judge.margin
         at, d = self._differences(c.text)
+        at, d = at[: found.n], d[: found.n]  # a run that ended after the last look does not count
         base, mine, name = self._rows(BASE), self._rows(c.text), self.asked.metric
-        level, sign = self._level(c.text), self.metric.sign
+        level, sign = self.judge.level(c.text), self.metric.sign
         low, high = sorted(sign * bound for bound in found.interval(level))
         arm = self.plan.arms[c.text]
         return Finding(
@@ -433,10 +386,10 @@ class Comparison:
             p=found.p,
             p_flip=found.p_flip,
             p_corrected=p_corrected,
-            inside=stats.within(found, self.margin),
+            inside=stats.within(found, margin),
             detectable=stats.detectable(found.sd, found.n, self.asked.alpha / len(self.changes)),
-            margin=self.margin,
-            verdict=stats.verdict(found, p_corrected, self.margin, self.asked.alpha, sure=level),
+            margin=margin,
+            verdict=self.judge.verdict(c.text),
             higher_is_better=self.metric.higher,
             cost={"baseline": cost([base[i] for i in at], self.plan.baseline.operations), "change": cost([mine[i] for i in at], arm.operations)},
             seeds=[self.plan.seed + i for i in at],
@@ -445,7 +398,7 @@ class Comparison:
             curves={"baseline": [base[i]["curve"] for i in at], "change": [mine[i]["curve"] for i in at]} if c.kind == "train" else {},
             share=arm.share if c.kind == "train" else None,
             note=arm.note,
-            out=self.out.get(c.text, ""),
+            out=self.judge.out.get(c.text, ""),
         )
 
     def _beside(self, text: str, name: str) -> dict[str, float]:

@@ -24,13 +24,18 @@ SIMULATED = 100_000  # experiments without effect behind the limits of a stoppin
 
 @dataclass(frozen=True)
 class Paired:
-    """A mean difference with its standard error, and two p-values against no difference (two-sided)."""
+    """A mean difference with its spread, and two p-values against no difference (two-sided)."""
 
     n: int
     mean: float
     sd: float
     p: float  # paired t
-    p_flip: float  # sign-flip permutation
+    differences: tuple[float, ...]
+
+    @property
+    def p_flip(self) -> float:
+        """By :func:`sign_flip`."""
+        return sign_flip(np.array(self.differences))
 
     @property
     def se(self) -> float:
@@ -53,7 +58,7 @@ def paired(differences: Sequence[float]) -> Paired:
     if np.ptp(d) == 0 and n > 1:  # equal differences: exact arithmetic says what a division by zero would not
         sd, mean = 0.0, float(d[0])
     p = 1.0 if n < 2 or mean == 0 else 0.0 if sd == 0 else float(2 * stats.t.sf(abs(mean) / (sd / math.sqrt(n)), n - 1))
-    return Paired(n, mean, sd, p, sign_flip(d))
+    return Paired(n, mean, sd, p, tuple(d.tolist()))
 
 
 def sign_flip(differences: np.ndarray, draws: int = 20_000) -> float:
@@ -140,21 +145,23 @@ class Looks:
         """The error spent up to each look."""
         return [alpha * (n / self.pairs[-1]) ** 3 for n in self.pairs]
 
-    def limits(self, alpha: float) -> list[float]:
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a value of two numbers, not an object with a life
+    def limits(self, alpha: float) -> tuple[float, ...]:
         """At each look, the largest p-value that decides."""
         if len(self.pairs) == 1:
-            return [alpha]
+            return (alpha,)
         p = _nulls(self.pairs)
         alive = np.ones(len(p), bool)
         out, before = [], 0.0
         for i, spent in enumerate(self.spent(alpha)):
             count = int((spent - before) * len(p))
-            column = np.sort(p[alive, i])
-            limit = float(column[min(count, len(column)) - 1]) if count >= 20 and len(column) else spent - before  # too rare to simulate: its share
+            column = p[alive, i]
+            place = min(count, len(column)) - 1
+            limit = float(np.partition(column, place)[place]) if count >= 20 and len(column) else spent - before  # too rare to simulate: its share
             alive &= p[:, i] > limit
             out.append(limit)
             before = spent
-        return out
+        return tuple(out)
 
     def sequential_p(self, seen: Sequence[float]) -> float:
         """The smallest alpha at which one of the looks so far (their p-values in order) would have decided."""
@@ -193,15 +200,15 @@ def looks(n: int, early: bool) -> Looks:
     return Looks(tuple(sorted({max(3, math.ceil(n / 2)), max(3, math.ceil(3 * n / 4)), n})))
 
 
-def verdict(found: Paired, p_corrected: float, margin: float, alpha: float = 0.05, sure: float | None = None) -> Verdict:
+def verdict(found: Paired, decided: bool, margin: float, sure: float = 0.95) -> Verdict:
     """What the differences say.
 
-    "better" or "worse" where the corrected p-value is at most ``alpha``, else "equivalent" where the difference lies
-    inside the margin with posterior probability ``sure`` (1 - alpha), else "not decided". A win that lies inside the
+    "better" or "worse" where the corrected test has ``decided``, else "equivalent" where the difference lies
+    inside the margin with posterior probability ``sure``, else "not decided". A win that lies inside the
     margin stays a win, so that the error rate is the stated one; the sentence then says how small it is.
     """
-    if found.n >= 2 and p_corrected <= alpha:
+    if decided:
         return "better" if found.mean > 0 else "worse"
-    if found.n >= 2 and within(found, margin) >= (1 - alpha if sure is None else sure):
+    if found.n >= 2 and within(found, margin) >= sure:
         return "equivalent"
     return "not decided"

@@ -31,11 +31,12 @@ class _Walk:
         self.skipped.append(Skipped(self.name(path), reason))
 
 
-def from_folder(root: Path, origin: str, group: Any = None) -> Found:
+def from_folder(root: Path, origin: str, group: Any = None, flat: bool = False) -> Found:
     """Image files in class folders: ``root/cat/1.jpg``, or ``root/train/cat/1.jpg`` beside ``test`` and ``val``.
 
     Files stand directly in their class folder; deeper folders, hidden files and strays are listed as
-    skipped. A folder ``unlabelled`` holds images without a label. ``group`` is a regular expression whose
+    skipped. A folder ``unlabelled`` holds images without a label; with ``flat`` those directly in ``root`` have none
+    either. ``group`` is a regular expression whose
     first parenthesis, searched for in the file's path below ``root``, names its group.
     """
     walk = _Walk(root)
@@ -45,7 +46,11 @@ def from_folder(root: Path, origin: str, group: Any = None) -> Found:
     parts = {name: part for name in visible if (part := part_of(name)) is not None}
     split = 0 in parts.values() and any(_has_folders(visible[name]) for name, part in parts.items() if part == 0)
     for entry in entries:
-        if entry.name not in visible:
+        if flat and not split and entry.name not in folders and not _hidden(entry.name):
+            walk.files.append(Path(entry.path))
+            walk.labels.append(UNLABELLED[0])
+            walk.parts.append(-1)
+        elif entry.name not in visible:
             reason = "a hidden folder" if entry.name in folders else _stray(entry)
             walk.skip(entry.path, reason)
         elif split and entry.name in parts:

@@ -43,6 +43,7 @@ def load(
     disk_bytes: int | None = None,
     cache: Path | str | None = None,
     allow_one_class: bool = False,
+    unlabelled: bool = False,
     limit_pixels: int = LIMIT_PIXELS,
     progress: Progress | None = None,
 ) -> Data:
@@ -60,7 +61,8 @@ def load(
     the first unreadable file is an error that lists all. ``workers``: processes that a streamed set
     decodes with. ``memory_bytes``: what decoded images may take in memory (None: a quarter of what is
     available); ``disk_bytes``: in the cache (None: what is free less 1 GiB). ``cache``: its folder.
-    ``limit_pixels``: larger images are refused before they are decoded. ``progress``: called with
+    ``limit_pixels``: larger images are refused before they are decoded. ``unlabelled``: no labels are needed; images may
+    also stand directly in a folder. ``progress``: called with
     (files done, files in all). Raises Mistake, naming the file, the rule, the value and the remedy.
     """
     check_fit(fit)
@@ -68,11 +70,13 @@ def load(
     check_parts(val, test)
     _check_numbers(workers=workers, memory_bytes=memory_bytes, disk_bytes=disk_bytes, limit_pixels=limit_pixels)
     folder = cache_folder(cache)
-    found = find(source, y, group=group, size=size, fit=fit, cache=folder)
+    found = find(source, y, group=group, size=size, fit=fit, cache=folder, flat=unlabelled)
     if group is not None and found.groups is None:
         raise Mistake(f"{found.origin}: group is for folders, tables and arrays x, y; this source has no groups to go by")
     made, pre, found = _samples(found, size, fit, None, folder, strict, workers, memory_bytes, disk_bytes, limit_pixels, progress)
-    found = settle(found, allow_one_class, cut=val > 0 or test > 0)
+    found = settle(found, allow_one_class or unlabelled, cut=val > 0 or test > 0)
+    if unlabelled and not found.classes:
+        found = replace(found, classes=("unlabelled",))  # a head needs a width; it is left as drawn
     split = part_rows(found, val, test, seed)
     return _data(found, made, pre, split, shares=(val, test)).measured()
 

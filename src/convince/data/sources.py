@@ -15,15 +15,15 @@ from convince.data.found import Found
 from convince.errors import Mistake, nearest
 
 
-def find(source: Any, y: Any, *, group: Any, size: int | None, fit: str, cache: Path) -> Found:
-    """What the source is and holds, before anything is decoded."""
+def find(source: Any, y: Any, *, group: Any, size: int | None, fit: str, cache: Path, flat: bool = False) -> Found:
+    """What the source is and holds, before anything is decoded. ``flat``: images may stand directly in a folder, unlabelled."""
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         if y is not None:
             raise Mistake(f"{text!r} brings its own labels; leave y out")
         if isinstance(source, str) and text in builtin.BUILTIN:
             return builtin.from_builtin(text, cache)
-        return _from_path(Path(text).expanduser(), text, group, cache)
+        return _from_path(Path(text).expanduser(), text, group, cache, flat)
     if isinstance(source, Mapping) and not hasattr(source, "iloc"):
         return arrays.from_mapping(source, "arrays", group)
     if isinstance(source, tuple) and len(source) == 2 and y is None:
@@ -39,7 +39,7 @@ def find(source: Any, y: Any, *, group: Any, size: int | None, fit: str, cache: 
     )
 
 
-def _from_path(path: Path, text: str, group: Any, cache: Path) -> Found:
+def _from_path(path: Path, text: str, group: Any, cache: Path, flat: bool) -> Found:
     try:
         exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:
@@ -49,7 +49,7 @@ def _from_path(path: Path, text: str, group: Any, cache: Path) -> Found:
         close = nearest(text, builtin.BUILTIN) or nearest(path.name, beside)
         raise Mistake(f"{text!r}: no such file or folder, and no built-in set ({', '.join(builtin.BUILTIN)}){close}")
     if is_folder:
-        return builtin.from_idx(path, text) if builtin.is_idx(path) else folders.from_folder(path, text, group)
+        return builtin.from_idx(path, text) if builtin.is_idx(path) else folders.from_folder(path, text, group, flat)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".txt", ".parquet"):
         return tables.from_table(path, text, group)

@@ -85,6 +85,7 @@ def write_model(folder: Path, run: Run) -> None:
         "parts": [parts.spell(made.name, made.options) for made in run.team.seats],
         "edits": run.edits,
         "own": own,
+        "members": run.owners,
         "weights_sha256": weights_sha256(run.answer),
     }
     write_atomic(folder / "structure.json", json.dumps(structure, indent=1))
@@ -152,6 +153,7 @@ def open_run(folder: str | Path, *, trust: bool = False) -> Loaded:
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise Mistake(f"{folder}: the run is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); restore it from a copy, or train again") from error
     run.children = [open_run(inner, trust=trust).run for inner in sorted((folder / "members").glob("*"), key=lambda p: int(p.name))]
+    run.owners = [str(name) for name in structure.get("members", ())]
     states = read_tree(folder / "parts.safetensors")
     for made in team.seats:
         made.technique.restore(run, states.get(made.name, {}))

@@ -2,7 +2,7 @@
 
     build the network, weights by name              weights.build_by_name
     for each part: seed, on_start                   edits and run.extra are made here
-    fit_members(run)                                further runs, each trained whole; their answers are run.members
+    fit_members(run)                                further runs, each trained whole; their answers are run.members_of(part)
     [resume: replay edits, load weights, restore parts]
     stages: each part's before(run), then stage(run, 0), stage(run, 1) ... or one plain stage
         on_stage                                    once; may edit (a round that grows the network)
@@ -59,6 +59,8 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
             restore_run(run, state)
         saver = Saver(run, checkpoint, state)
         ahead = stages_before(run)
+        if run.settings.pretrain_only and not ahead:
+            raise Mistake("--pretrain-only: no part that is switched on has a stage before the main one; add one, such as --with rotnet")
         while (stage := _stage(run, ahead)) is not None:
             _train_stage(run, stage, saver, progress, main=run.stage_number >= len(ahead))
             run.stage_number, run.epoch, run.step, run.stage_steps = run.stage_number + 1, 0, 0, 0
@@ -74,6 +76,8 @@ def fit(run: Run, checkpoint: Path | None = None, progress: Progress | None = No
 def start(run: Run) -> None:
     """Build the network with weights by name, then each part's ``on_start``, seeded by the part's name."""
     run.model = run.plan.place(build_by_name(run.build, run.seed))
+    if run.settings.start is not None:
+        begin_with(run, Path(run.settings.start))
     run.normalise = run.normalise.to(run.plan.device)
     run.model.train()
     for seat in run.team.seats_with("on_start"):
@@ -82,15 +86,34 @@ def start(run: Run) -> None:
     run.extra.to(device=run.plan.device, dtype=run.plan.dtype)
 
 
+def begin_with(run: Run, folder: Path) -> None:
+    """Take the weights of another run's network where name and shape agree; a head for other classes stays as drawn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Mistake(f"--start {folder}: no weights can be read there ({str(error).splitlines()[0]}); name the folder of a finished run") from error
+    mine = run.model.state_dict()
+    same = {name: tensor for name, tensor in found.items() if name in mine and mine[name].shape == tensor.shape}
+    if not any(name in same for name, _ in run.model.named_parameters()):
+        raise Mistake(f"--start {folder}: none of its weights fits the network {run.settings.model!r}; use the --model that it was trained with")
+    run.model.load_state_dict(same, strict=False)
+    run.started_with = sum(tensor.numel() for tensor in same.values()) / max(sum(tensor.numel() for tensor in mine.values()), 1)
+
+
 def _fit_members(run: Run, checkpoint: Path | None, progress: Progress | None) -> None:
     """Train the runs that parts ask for, one after the other; a finished one is not trained again on resume."""
-    specs = [spec for seat in run.team.seats_with("fit_members") for spec in seat.technique.fit_members(run)]
-    for i, spec in enumerate(specs):
+    specs = [(seat.name, spec) for seat in run.team.seats_with("fit_members") for spec in seat.technique.fit_members(run)]
+    for i, (owner, spec) in enumerate(specs):
         assert run.child is not None
         child = run.child(spec)
         child.most_steps, child.meter = run.most_steps, run.meter
         fit(child, None if checkpoint is None else checkpoint.with_name(f"member-{i}-{checkpoint.name}"), progress)
         run.children.append(child)
+        run.owners.append(owner)
         run.images += child.images
         run.ledger += child.ledger
 
@@ -131,6 +154,8 @@ def _stage(run: Run, ahead: list[Stage]) -> Stage | None:
     if run.stage_number < len(ahead):
         return ahead[run.stage_number]
     i = run.stage_number - len(ahead)
+    if run.settings.pretrain_only:
+        return None
     owner = run.team.owner("stage")
     if owner is None:
         settings = run.settings

@@ -21,7 +21,7 @@ from convince.fit.randomness import generator, preserved, seed_global
 from convince.fit.record import Record
 from convince.fit.settings import Settings
 from convince.fit.state import resize_run
-from convince.fit.technique import Team
+from convince.fit.technique import Team, Technique
 from convince.fit.weights import edit_by_name
 from convince.types import Batch, Out, RunSpec, Stage, StageCost
 
@@ -58,7 +58,9 @@ class Run:
         self.normalise = Normalise(data.preprocess.mean, data.preprocess.std, image=data.preprocess.kind == "image")
         self.extra = nn.ModuleDict()  # trains and is checkpointed, never ships
         self.children: list[Run] = []  # the runs that fit_members asked for
+        self.owners: list[str] = []  # the part that asked for each of them
         self.child: Callable[[RunSpec], Run] | None = None
+        self.started_with = 0.0  # share of the network's numbers that came from the run named by --start
         self.edits: list[dict[str, Any]] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self.batch: Batch = Batch(torch.empty(0), None, torch.empty(0, dtype=torch.int64))
@@ -155,8 +157,17 @@ class Run:
 
     @property
     def members(self) -> list[nn.Module]:
-        """The answers of the runs that ``fit_members`` asked for."""
+        """The answers of all runs that ``fit_members`` asked for; a part's own are :meth:`members_of`."""
         return [child.answer.eval() for child in self.children]
+
+    def children_of(self, technique: Technique) -> list[Run]:
+        """The runs that this part's ``fit_members`` asked for, in its order."""
+        name = self.team.seat(technique).name
+        return [child for child, owner in zip(self.children, self.owners, strict=True) if owner == name]
+
+    def members_of(self, technique: Technique) -> list[nn.Module]:
+        """Their answers."""
+        return [child.answer.eval() for child in self.children_of(technique)]
 
     def evaluate(self, split: str = "val") -> Scores:
         """Scores of the answer on "train", "val" or "test"; kept until the next step."""

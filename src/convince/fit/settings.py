@@ -14,7 +14,8 @@ from convince.errors import Mistake, nearest
 class Settings(BaseModel):
     """What ``convince train`` was asked for. None means: chosen from the data, and written down.
 
-    ``lr`` None is the optimiser's own; ``steps`` of the main stage override ``epochs``; ``schedule``
+    ``start`` is a run whose weights the network begins with, where names and shapes agree; ``pretrain_only`` ends
+    before the main stage. ``lr`` None is the optimiser's own; ``steps`` of the main stage override ``epochs``; ``schedule``
     is the factor of the learning rate over a stage; ``checkpoint_seconds`` is the longest work lost.
     """
 
@@ -22,6 +23,8 @@ class Settings(BaseModel):
 
     data: str = "digits"
     model: str | None = None
+    start: str | None = None
+    pretrain_only: bool = False
     parts: tuple[str, ...] = ()
     augment: Literal["auto", "none", "crop", "flip-crop"] = "auto"
     epochs: int | None = Field(None, ge=0)

@@ -75,7 +75,7 @@ class Technique:
         return []
 
     def fit_members(self, run: Run) -> list[RunSpec]:
-        """Further runs, trained before this one's stages; their answers are ``run.members``, in order."""
+        """Further runs, trained before this one's stages; their answers are ``run.members_of(self)``, in order."""
         return []
 
     def wrap(self, answer: nn.Module) -> nn.Module:

@@ -151,7 +151,9 @@ def train(settings: Settings, data: Data, *, folder: Path | None = None, progres
     start = time.monotonic()
     fit(run, checkpoint, progress)
     trained = time.monotonic()
-    test = run.evaluate("test") if len(data.split.test) else None
+    if settings.start is not None:
+        notes.append(f"started with {run.started_with:.0%} of its numbers from {settings.start}")
+    test = run.evaluate("test") if len(data.split.test) and not settings.pretrain_only else None
     answer = run.answer.eval()
     seconds = {"total": time.monotonic() - began, "train": trained - start, "evaluate": time.monotonic() - trained}
     result = Trained(settings, data, run, answer, test, seconds, peak_bytes(), notes, folder)
