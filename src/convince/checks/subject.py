@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import tempfile
@@ -59,6 +60,13 @@ def tiny_table() -> Data:
     return Data(MemoryStore(x), y, Split(rows[:32], rows[32:40], rows[40:]), ("a", "b", "c"), preprocess, origin="tiny table")
 
 
+def with_extras(data: Data) -> Data:
+    """The same with three annotators (right; often wrong; at random, a third missing) and a nuisance of two values."""
+    at = torch.arange(len(data.y))
+    annotators = torch.stack([data.y, torch.where(at % 4 == 0, (data.y + 1) % 3, data.y), torch.where(at % 3 == 0, -1, at % 3)], 1)
+    return dataclasses.replace(data, extra={"annotators": annotators, "nuisance": at % 5 % 2})
+
+
 class Subject:
     """A part, its tiny options, and lazily its fits and a trained answer to work on."""
 
@@ -74,7 +82,7 @@ class Subject:
 
     @functools.cached_property
     def data(self) -> Data:
-        return tiny_table() if self.table else tiny_images()
+        return with_extras(tiny_table() if self.table else tiny_images())
 
     @property
     def table(self) -> bool:

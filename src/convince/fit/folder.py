@@ -23,6 +23,7 @@ from convince.errors import Mistake
 from convince.fit import precision
 from convince.fit.adapters import seat
 from convince.fit.answer import logits_of
+from convince.fit.randomness import preserved
 from convince.fit.run import Run
 from convince.fit.settings import Settings, from_yaml
 from convince.fit.state import FORMAT, newer, read_tree, write_atomic, write_tree
@@ -141,11 +142,14 @@ def open_run(folder: str | Path, *, trust: bool = False) -> Loaded:
         settings = from_yaml(folder / "config.yaml")
         preprocess = Preprocess.from_json(labels["preprocess"])
         data = without_samples(preprocess, tuple(labels["classes"]))
-        team = Team([seat(spec) for spec in structure["parts"]], gives=("images", "labels", "logits", "table"))
+        seats = [seat(spec) for spec in structure["parts"]]
+        wanted = (word for made in seats for word in made.card.expects)  # it was trained, so the data had them
+        team = Team(seats, gives=("images", "labels", "logits", "table", *wanted))
         plan = precision.choose(settings.precision, preprocess.kind)
         build = builder(structure["model"], num_classes=data.k, in_chans=preprocess.channels, size=preprocess.size)
         run = Run(settings, data, team, build, plan)
-        run.model = plan.place(build())
+        with preserved():
+            run.model = plan.place(build())
         run.normalise = run.normalise.to(plan.device)
         for edit in structure["edits"]:
             run.replay(edit)

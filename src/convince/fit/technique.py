@@ -142,7 +142,7 @@ class Team:
                 silenced = {b.card.part, b.card.kind, *b.claims, *b.card.expects} & set(a.card.mutes) if a is not b else set()
                 if silenced:
                     word = sorted(silenced)[0]
-                    what = f"its {word}" if word in SLOTS else f"a {word}" if word == b.card.kind else f"the {word} it expects"
+                    what = f"its {word}" if word in SLOTS else f"a {word}" if word == b.card.kind else "it" if word == b.card.part else f"the {word} it expects"
                     raise Mistake(f"{a.name!r} mutes {what}, so {b.name!r} would do nothing beside it; switch on one of them")
 
     def seats_with(self, hook: str, stage: Stage | None = None) -> list[Seat]:

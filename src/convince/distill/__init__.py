@@ -1,0 +1,1 @@
+"""Distill: a network learns from another network, its answers or its inner representations."""
