@@ -63,7 +63,7 @@ def judge(numbers: Numbers) -> tuple[str, list[Any]]:
 
     near, ahead, random = (difference("dense mf", arm) for arm in ("dense bp", "dense ff", "dense last layer"))
     told = [difference("dense mf", "dense bp + local losses"), difference("dense bp + local losses", "dense bp"), difference("conv cafo", "conv bp")]
-    means = {f"{arm}: {metric}": statistics.fmean(column(numbers, arm, metric)) for arm in ARMS for metric in numbers[arm]["0"]}
+    means = {f"{arm}: {metric}": statistics.fmean(column(numbers, arm, metric)) for arm in ARMS for metric in next(iter(numbers[arm].values()))}
     slower = means["dense ff: seconds_per_epoch"] / means["dense mf: seconds_per_epoch"]
     comparisons = [near, ahead, random, *told, {"dense ff / dense mf [seconds an epoch]": slower, **means}]
     if near.high < -0.3 or ahead.mean <= 0:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from convince import parts
 from convince.errors import Mistake
@@ -22,6 +22,7 @@ Result = dict[str, Any]
 Done = Callable[[Job, Result], None]
 
 
+@runtime_checkable
 class Hands(Protocol):
     """Does jobs in any order, and calls ``done`` for each from the thread that asked.
 

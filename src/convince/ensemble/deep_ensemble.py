@@ -55,17 +55,6 @@ class MeanAnswer(nn.Module):
         return torch.stack([member(x) for member in self.members])
 
 
-def children_of(run: Run, owner: Technique) -> list[Run]:
-    """The finished runs that ``owner`` asked for by ``fit_members``, among those of all parts."""
-    first = 0
-    for seat in run.team.seats_with("fit_members"):
-        count = len(seat.technique.fit_members(run))
-        if seat.technique is owner:
-            return run.children[first : first + count]
-        first += count
-    return []
-
-
 def other_parts(run: Run, owner: Technique) -> tuple[str, ...]:
     """The run's parts less ``owner``: what each member trains with."""
     mine = run.team.seat(owner).name
@@ -98,4 +87,4 @@ class DeepEnsemble(Technique):
     def answer(self, run: Run) -> nn.Module:
         if self.members == 1 or run.optimizer is not None:
             return network_of(run)
-        return MeanAnswer([network_of(each) for each in (run, *children_of(run, self))])
+        return MeanAnswer([network_of(each) for each in (run, *run.children_of(self))])

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from convince.augment.simard_distortion import SimardDistortion
-from convince.ensemble.deep_ensemble import MeanAnswer, children_of, network_of, other_parts
+from convince.ensemble.deep_ensemble import MeanAnswer, network_of, other_parts
 from convince.ensemble.fixed_view import Viewed, check_view
 from convince.errors import Mistake
 from convince.fit.answer import score
@@ -118,7 +118,7 @@ class MCDNN(Technique):
         own = network_of(run)
         if run.optimizer is not None:
             return own
-        others = [network_of(child) for child in children_of(run, self)]
+        others = [network_of(child) for child in run.children_of(self)]
         forms = self.columns(run)
         return MeanAnswer([own, *(Viewed(how, net) for how, net in zip(forms[1:], others, strict=True))])
 

@@ -37,7 +37,7 @@ def deletion(
 def _area(answer: nn.Module, start: Tensor, end: Tensor, maps: Tensor, target: Tensor, steps: int) -> Tensor:
     n, pixels = len(start), maps[0].numel()
     rank = torch.empty_like(maps.reshape(n, -1), dtype=torch.int64)
-    order = maps.reshape(n, -1).argsort(1, descending=True, stable=True)
+    order = maps.reshape(n, -1).argsort(dim=1, descending=True, stable=True)
     rank.scatter_(1, order, torch.arange(pixels, device=maps.device).expand(n, -1))
     rank = rank.view(n, 1, *maps.shape[-2:])
     curve = []

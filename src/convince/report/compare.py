@@ -114,7 +114,6 @@ def table_row(f: Finding, scale: float) -> dict[str, Any]:
         "value": f.difference,
         "n": f.n,
         "p": f"{f.p_corrected:.2g}",
-        "p_plain": f"{f.p:.2g}",
         "p_flip": f"{f.p_flip:.2g}",
         "inside": units.percent(f.inside),
         "detectable": f"{detectable:.{digits(detectable)}f}" if math.isfinite(detectable) else units.NONE,

@@ -33,7 +33,7 @@ def differences(rows: Sequence[Row], *, margin: float, unit: str, higher: bool, 
     """
     named = max((len(clip(r.name, 30)) for r in rows), default=4)
     noted = max((len(r.note) for r in rows), default=6)
-    start, step, top = named * CHAR, 34.0, 26.0
+    start, step, top = named * CHAR + 8, 34.0, 26.0
     left, right = start + noted * CHAR + 40, width - 16
     reach = max([abs(v) for r in rows for v in (r.value, r.low, r.high) if v is not None and finite(v)] + [margin * 1.15, 1e-12])
     low, high = -reach * 1.08, reach * 1.08
