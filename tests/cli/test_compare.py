@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-SMALL = ("--model", "small-cnn:widths=(4,8)", "--epochs", "1", "--batch", "32", "--samples", "256")
+SMALL = ("--model", "small-cnn:widths=(4,8)", "--epochs", "1", "--batch", "32", "--samples", "128")
 
 
 def test_json_has_the_promised_names_and_the_page_stands_alone(cli, tmp_path):
@@ -56,7 +56,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(cli, tmp_path):
 
 def test_killed_and_started_again_repeats_no_arm_and_ends_with_the_same_numbers(tmp_path):
     """kill -9 after the first arms are on disk; workers leave with it; what is there is not touched, the rest follows."""
-    words = [sys.executable, "-m", "convince", "compare", "--with", "poly1", "--seeds", "3", *SMALL, "--json", "--out", "c"]
+    words = [sys.executable, "-m", "convince", "compare", "--with", "poly1", "--seeds", "3", "--workers", "1", *SMALL, "--json", "--out", "c"]
     whole = subprocess.run([*words[:-1], "whole"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     arms, end = tmp_path / "c" / "arms", time.monotonic() + 300

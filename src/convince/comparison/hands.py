@@ -48,9 +48,12 @@ class Here:
     count = 1
 
     def __init__(self, data: Any = None) -> None:
+        import torch
+
         from convince.comparison.arm import Desk
 
         self.desk = Desk(data)
+        self.threads = torch.get_num_threads()
 
     def run(self, jobs: Sequence[Job], done: Done, until: float = math.inf) -> None:
         import torch

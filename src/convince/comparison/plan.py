@@ -21,7 +21,8 @@ from convince.errors import Mistake
 from convince.types import Budget
 
 UNITS = ("images", "epochs", "steps", "seconds")
-STEPS = 6  # of every stage, in a survey
+STEPS = (3, 6)  # of every stage, in a survey: fewest and most
+PATIENCE = 4.0  # seconds that a survey's steps may take, if the fewest allow it
 FEW_EPOCHS = 6  # with fewer, a run on smaller pictures tells more
 MOST_PAIRS = 16  # that are planned without being asked for
 BASELINE = Change("baseline", "train", ())
@@ -95,6 +96,7 @@ class Planner:
     def __init__(self, asked: Asked, hands: Hands, say: Say, began: float) -> None:
         self.asked, self.hands, self.say, self.began = asked, hands, say, began
         self.threads = 1
+        self.steps = STEPS[1]
         self.notes: list[str] = []
         self.refused: list[dict[str, str]] = []
 
@@ -144,17 +146,24 @@ class Planner:
 
     def _use_machine(self, facts: dict[str, Any]) -> int:
         """Several processes of one thread, or one of several threads: what trains the baseline faster here."""
-        cores = processors()
-        if isinstance(self.hands, Here) or facts["environment"].get("cuda") or cores == 1:
-            self.threads = cores
-            return 0 if isinstance(self.hands, Here) else 1
+        cores = min(processors(), int(os.environ.get("OMP_NUM_THREADS") or 1_000_000))
+        if isinstance(self.hands, Here):
+            self.threads = self.hands.threads
+            return 0
         if not isinstance(self.hands, Workers):
             return self.hands.count
+        if facts["environment"].get("cuda") or cores == 1 == self.hands.count:
+            self.threads = cores
+            self.hands.keep(1)  # an accelerator is not shared by halves
+            return 1
         if self.asked.workers is not None:
             self.threads = max(1, cores // self.asked.workers)
             return self.asked.workers
-        job = {"do": "survey", "settings": self._settings(facts, (), None), "steps": 2 * STEPS}
-        self._many([{**job, "steps": 1, "threads": 1}] * self.hands.count)  # what only the first run of a process pays
+        job: Job = {"do": "survey", "settings": self._settings(facts, (), None)}
+        first = self._many([{**job, "steps": 2, "threads": 1}] * self.hands.count)  # pays what only the first run of a process pays
+        step = int(facts["settings"]["batch"]) / max(min(pace(row) for row in first), 1e-9)  # seconds
+        self.steps = min(max(math.ceil(PATIENCE / step), STEPS[0]), STEPS[1])
+        job["steps"] = 2 * self.steps if self.steps == STEPS[1] else self.steps
         together = self._many([{**job, "threads": 1}] * self.hands.count)
         alone = self._many([{**job, "threads": cores}])
         many, one = (sum(pace(row) for row in rows) for rows in (together, alone))
@@ -206,7 +215,7 @@ class Planner:
 
     def _survey(self, facts: dict[str, Any], specs: tuple[str, ...], model: str | None) -> Job:
         made = self._settings(facts, specs, model)
-        return {"do": "survey", "settings": made, "steps": STEPS, "operations": True, "threads": self.threads, "samples": self.asked.samples}
+        return {"do": "survey", "settings": made, "steps": self.steps, "operations": True, "threads": self.threads, "samples": self.asked.samples}
 
     def _arm(self, facts: dict[str, Any], change: Change, seen: dict[str, dict[str, Any]], base: Arm | None, share: float) -> Arm:
         """Settings that spend the budget (times ``share``), from the change's survey; the baseline's where nothing is trained."""

@@ -52,7 +52,7 @@ class Technique:
         """Change ``run.batch``, the global batch on every process, before the forward pass."""
 
     def around_grad(self, run: Run, grad: Callable[[], None]) -> None:
-        """Wrap forward, loss and backward: call ``grad()`` once or more."""
+        """Wrap forward, loss and backward: call ``grad()`` once or more, or do all three yourself."""
         grad()
 
     def on_loss(self, run: Run) -> None:
