@@ -71,3 +71,13 @@ def test_killed_and_started_again_repeats_no_arm_and_ends_with_the_same_numbers(
     first, second = json.loads(whole.stdout), json.loads(again.stdout)
     assert second["changes"][0]["differences"] == first["changes"][0]["differences"]
     assert second["changes"][0]["interval"] == first["changes"][0]["interval"]
+
+
+def test_a_cluster_gives_the_numbers_of_this_machine(tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed; pip install 'convince[cluster]'")
+    words = [sys.executable, "-m", "convince", "compare", "--with", "poly1", "--seeds", "2", *SMALL, "--json", "--out"]
+    told = [
+        json.loads(subprocess.run([*words, name, *how], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stdout)
+        for name, how in (("here", ("--workers", "2")), ("there", ("--cluster", "local")))
+    ]
+    assert told[0]["changes"][0]["differences"] == told[1]["changes"][0]["differences"]

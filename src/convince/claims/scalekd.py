@@ -22,13 +22,13 @@ SUPPORTED = (
 CONTRADICTED = "The interval of ScaleKD - logit KD lies below 0, from a teacher that is better than cross-entropy."
 BUDGET = (
     "fashion-mnist. Teacher, once: a transformer with a convolutional stem (conv-stem-vit: width 64, 3 blocks, 7 x 7 tokens; stage 4 is the last block), "
-    "10,000 images, 6 epochs of AdamW 0.001, flips and shifts. Students: a 3-block CNN (16-32-64), 1,000 other draws' labels, 500 validation and "
-    "3,000 test images, SGD 0.05 cosine, "
-    "batch 32, 8 epochs, 4 paired seeds: cross-entropy; logit KD at T = 1 and 4; ScaleKD; ScaleKD with the same teacher untrained; and, on 2 seeds, ScaleKD "
-    "without the frequency view and without the teacher's stage 4 in the path. Against the catalogue: fashion-mnist for cifar10, a teacher of width 64 and "
-    "3 blocks on 10,000 images and 6 epochs for 96, 6, 15,000 and 12, students on 1,000 of 2,000 labels and 8 of 12 epochs, 3,000 of 10,000 test "
-    "images, 4 of 5 "
-    "seeds. The teacher's training images and a student's may overlap, as with any teacher of the same data. Long check, left out: a weaker teacher."
+    "10,000 images, 6 epochs of AdamW 0.001, flips and shifts. Students: a 3-block CNN (16-32-64), 500 other draws' labels, 500 validation and 3,000 test "
+    "images, SGD 0.01 cosine, batch 32, 12 epochs, 4 paired seeds: cross-entropy; logit KD at T = 1 and 4; ScaleKD; ScaleKD with the same teacher "
+    "untrained; and, on 2 seeds, ScaleKD without the frequency view and without the teacher's stage 4 in the path. A first start with 1,000 labels at rate "
+    "0.05 ended at seed 0: ScaleKD's loss was not a number in bf16, and the teacher (77.5 %) stood below cross-entropy (81.3 %); the rate was lowered for "
+    "all arms and the labels halved before any result of ScaleKD was seen. Against the catalogue: fashion-mnist for cifar10, a teacher of width 64 and 3 "
+    "blocks on 10,000 images and 6 epochs for 96, 6, 15,000 and 12, 500 of 2,000 labels, 3,000 of 10,000 test images, 4 of 5 seeds. The teacher's training "
+    "images and a student's may overlap, as with any teacher of the same data. Long check, left out: a weaker teacher."
 )
 TEACHER = "conv-stem-vit:dim=64,depth=3,heads=4"
 TINY = "conv-stem-vit:dim=16,depth=3,heads=2,stem=1"
@@ -36,8 +36,8 @@ TINY = "conv-stem-vit:dim=16,depth=3,heads=2,stem=1"
 
 def measure(bench: Bench) -> None:
     smoke = bench.scale == "smoke"
-    name, pool, labels, val, test = ("digits", 96, 64, 16, 64) if smoke else ("fashion-mnist", 10000, 1000, 500, 3000)
-    vit, first, epochs, seeds = (TINY, 1, 1, 2) if smoke else (TEACHER, 6, 8, 4)
+    name, pool, labels, val, test = ("digits", 96, 64, 16, 64) if smoke else ("fashion-mnist", 10000, 500, 500, 3000)
+    vit, first, epochs, seeds = (TINY, 1, 1, 2) if smoke else (TEACHER, 6, 12, 4)
     model, stages = ("small-cnn:widths=(4,8)", "('features.3','features.7')") if smoke else ("small-cnn", "('features.7','features.11')")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "teacher"
@@ -57,7 +57,7 @@ def measure(bench: Bench) -> None:
                 teacher()
             data = bench.data(name, train=labels, val=val, test=test, seed=seed)
             parts = (part.replace("TEACHER", repr(str(folder))),) if part else ()
-            done = bench.train(data, model=model, parts=parts, epochs=epochs, batch=32, lr=0.05, seed=seed)
+            done = bench.train(data, model=model, parts=parts, epochs=epochs, batch=32, lr=0.01, seed=seed)
             return {"accuracy": done.test.accuracy, "val_accuracy": done.run.evaluate("val").accuracy, "log_loss": done.test.log_loss}
 
         bench.arm("teacher", 0, lambda: {"accuracy": teacher()})

@@ -15,7 +15,7 @@ from convince import __version__, parts
 from convince.comparison import metrics
 from convince.comparison import statistics as stats
 from convince.comparison.change import Change, change, with_parts
-from convince.comparison.evidence import POINTS, Evidence, Finding, digits
+from convince.comparison.evidence import POINTS, Evidence, Finding, clock, digits
 from convince.comparison.hands import Cluster, Hands, Here, Job, Workers
 from convince.comparison.judge import Judge
 from convince.comparison.plan import Asked, Plan, Planner, Say, processors
@@ -196,7 +196,7 @@ class Comparison:
             self.say(note)
         runs = (1 + len(self.trained)) * plan.pairs
         seconds = plan.pairs * (plan.baseline.seconds + sum(plan.arms[c.text].seconds for c in self.trained)) / max(plan.workers, 1)
-        about = f"about {seconds / 60:.1f} min"
+        about = f"about {clock(seconds)}"
         self.say(f"{plan.pairs} pairs, {runs} runs of {plan.baseline.images:,.0f} images, tested on {rows['test']:,} samples each: {about}")
         fewest = stats.fewest_pairs(self.asked.alpha)
         if plan.pairs < fewest:
