@@ -239,6 +239,22 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
         tried("poly1", seeds=3, folder=tmp_path)
 
 
+def test_a_plan_that_cannot_be_read_is_a_mistake(tmp_path):
+    (tmp_path / "plan.json").write_text('{"asked": {}')
+    with pytest.raises(Mistake, match="no plan of a comparison can be read"):
+        tried("poly1", seeds=2, folder=tmp_path)
+
+
+def test_data_that_changed_since_are_noticed(tmp_path):
+    import dataclasses
+
+    tried("poly1", seeds=2, epochs=1, folder=tmp_path)
+    data = tiny_images()
+    other = dataclasses.replace(data, y=data.y.roll(1), digest="")
+    with pytest.raises(Mistake, match="has changed since"):
+        compare(other, "poly1", seeds=2, folder=tmp_path, **{**HOW, "epochs": 1})
+
+
 def asked(*texts, **how):
     given = {"seeds": None, "margin": None, "budget": None, "minutes": None, "metric": None, "baseline": (), "early": False, "race": False}
     return ask(list(texts), **{**given, "samples": None, "workers": None, "alpha": 0.05, "settings": dict(HOW), **how})

@@ -175,16 +175,22 @@ class Comparison:
         """The plan: from the folder where this comparison was begun, else made now and kept there."""
         path = None if self.folder is None else self.folder / "plan.json"
         asked = json.loads(json.dumps(self.asked.to_json()))
+        planner = Planner(self.asked, self.hands, self.say, self.began)
         if path is not None and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["asked"] != asked:
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                before, plan = kept["asked"], Plan.from_json(kept["plan"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise Mistake(f"{path}: no plan of a comparison can be read there ({error}); begin anew with --fresh, or choose another --out") from error
+            if before != asked:
                 raise Mistake(f"{self.folder}: holds another comparison; choose another --out, or remove it")
+            if planner.digest(plan.facts["settings"]) != plan.facts["digest"]:
+                raise Mistake(f"{plan.facts['origin']}: has changed since {self.folder} was begun; begin anew with --fresh, or choose another --out")
             self.say(f"going on with {self.folder}: the plan and what is done stand")
-            plan = Plan.from_json(kept["plan"])
             if isinstance(self.hands, Workers) and plan.workers:
                 self.hands.keep(min(plan.workers, self.hands.count))
             return plan
-        plan = Planner(self.asked, self.hands, self.say, self.began).plan()
+        plan = planner.plan()
         if path is not None:
             write(path, {"asked": asked, "plan": plan.to_json()})
         return plan

@@ -138,6 +138,10 @@ class Planner:
 
     # -- the data and the machine --------------------------------------------------------------------
 
+    def digest(self, settings: dict[str, Any]) -> str:
+        """The hash of the data as they are now."""
+        return str(self._one({"do": "open", "settings": settings})["digest"])
+
     def _open(self, settings: dict[str, Any]) -> dict[str, Any]:
         facts = self._one({"do": "open", "settings": settings})
         if not facts["rows"]["test"]:

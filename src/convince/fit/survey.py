@@ -47,8 +47,9 @@ class Survey:
 def survey(settings: Settings, data: Data, steps: int = 12, *, operations: bool = False) -> Survey:
     """Do ``steps`` of every stage of a training that is then thrown away; the one that follows starts anew.
 
-    The validation part is cut to 256 rows, and what the end of an epoch takes is reckoned up to the whole of it. With ``operations`` the floating-point operations of forward and backward passes are counted instead of seconds
-    (convolutions and matrix products, as torch's counter sees them).
+    The validation part is cut to 256 rows, and what the end of an epoch takes is reckoned up to the whole of it. With
+    ``operations`` the floating-point operations of forward and backward passes are counted instead of seconds (convolutions
+    and matrix products, as torch's counter sees them).
     """
     split = data.split
     few = split.val[:0] if operations else split.val[:FEW]
