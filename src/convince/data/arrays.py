@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convince.data.extras import from_arrays_named
 from convince.data.found import Found, coded, group_codes
 from convince.errors import Mistake, nearest
 
@@ -175,7 +176,10 @@ def _from_numbers(values: np.ndarray, origin: str, classes: Sequence[str] | None
 
 
 def from_mapping(arrays: Mapping[str, Any], origin: str, group: Any = None) -> Found:
-    """Named arrays: x and y, or train_x, train_y, test_x, test_y (also x_train, val_x ...), and classes."""
+    """Named arrays: x and y, or train_x, train_y, test_x, test_y (also x_train, val_x ...), and classes.
+
+    ``annotators`` [N m] and ``nuisance`` (train_annotators ... where it comes in parts) stand beside them, -1 where unknown.
+    """
     keys = {key.lower(): key for key in arrays}
     classes = None
     if "classes" in keys:
@@ -183,7 +187,9 @@ def from_mapping(arrays: Mapping[str, Any], origin: str, group: Any = None) -> F
     whole = _pair(keys, [""])
     if whole:
         groups = arrays[group] if isinstance(group, str) and group in arrays else group
-        return from_arrays(arrays[whole[0]], arrays[whole[1]] if whole[1] else None, origin, groups, classes)
+        made = from_arrays(arrays[whole[0]], arrays[whole[1]] if whole[1] else None, origin, groups, classes)
+        made.extra = from_arrays_named(arrays, [("", len(made))], made.classes, origin)
+        return made
     found, parts = [], []
     for number, words in enumerate(_PART_KEYS):
         pair = _pair(keys, words)
@@ -197,7 +203,10 @@ def from_mapping(arrays: Mapping[str, Any], origin: str, group: Any = None) -> F
             f"{origin}: no arrays named x and y, or train_x and train_y, among {', '.join(arrays) or 'none'}; "
             "rename them (test_x, val_x and classes are optional)"
         )
-    return _joined(found, parts, origin, group, classes)
+    made = _joined(found, parts, origin, group, classes)
+    counts = [(("train", "val", "test")[part], len(y)) for part, (_, y) in zip(parts, found, strict=True)]
+    made.extra = from_arrays_named(arrays, counts, made.classes, origin)
+    return made
 
 
 def _pair(keys: Mapping[str, str], words: Sequence[str]) -> tuple[str, str | None] | None:

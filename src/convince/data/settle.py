@@ -47,7 +47,10 @@ def _drop_empty(found: Found, counts: np.ndarray) -> Found:
     place = np.append(np.where(counts > 0, np.cumsum(counts > 0) - 1, -1), -1)
     classes = tuple(name for name, count in zip(found.classes, counts, strict=True) if count)
     skipped = [*found.skipped, *(Skipped(name, "class left out: none of its files can be used") for name in empty)]
-    return replace(found, y=place[found.y].astype(np.int64), classes=classes, skipped=skipped)
+    extra = dict(found.extra)
+    if "annotators" in extra:
+        extra["annotators"] = torch.from_numpy(place)[extra["annotators"]]  # a class that is left out is not known any more
+    return replace(found, y=place[found.y].astype(np.int64), classes=classes, skipped=skipped, extra=extra)
 
 
 def onto(found: Found, classes: tuple[str, ...]) -> Found:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convince.data.arrays import from_arrays
+from convince.data.extras import ANNOTATOR, NUISANCE, from_columns, named
 from convince.data.found import NAMES, Found, coded, group_codes, part_of, shown
 from convince.data.pool import Skipped
 from convince.errors import Mistake, nearest
@@ -27,7 +28,8 @@ def from_table(path: Path, origin: str, group: Any = None) -> Found:
 
     With a column ``path`` it lists image files, relative to the table's folder; otherwise all columns but
     label, split and group are features. Columns: path, label, and where there are such split and
-    the one that ``group`` names. An empty label means unlabelled. Rows with too few cells are
+    the one that ``group`` names; ``annotator:NAME`` holds the labels that somebody gave, ``nuisance`` what should not be
+    read. An empty label means unlabelled. Rows with too few cells are
     listed as skipped. Raises Mistake for missing columns and unknown words in the split column.
     """
     skipped: list[Skipped] = []
@@ -43,11 +45,13 @@ def from_table(path: Path, origin: str, group: Any = None) -> Found:
         raise Mistake(f"{path}: has a header and no rows; add one row a sample")
     groups = _group_column(path, columns, group, len(words))
     parts = None if split is None else _parts(path, [_word(value) for value in columns[split]])
+    beside = {name: [_word(value) for value in columns[name]] for word in (ANNOTATOR, NUISANCE) for name in named(list(columns), word)}
     if where is None:
-        used = {label, split, group if isinstance(group, str) else None}
+        used = {label, split, group if isinstance(group, str) else None, *beside}
         features = _features(path, {name: column for name, column in columns.items() if name not in used})
         found = from_arrays(features, [word or None for word in words], origin)
         found.parts, found.groups, found.skipped = parts, groups, skipped
+        found.extra = from_columns(beside, found.classes, origin)
         return found
     files = [_word(value) for value in columns[where]]
     keep = np.array([row for row, name in enumerate(files) if name], np.int64)
@@ -56,7 +60,8 @@ def from_table(path: Path, origin: str, group: Any = None) -> Found:
     y, classes = coded(words)
     full = [path.parent / name for name in files]
     shown_names = [shown(name) for name in files]
-    found = Found(origin, y, classes, full, names=shown_names, parts=parts, groups=groups, skipped=skipped)
+    extra = from_columns(beside, classes, origin)
+    found = Found(origin, y, classes, full, names=shown_names, parts=parts, groups=groups, skipped=skipped, extra=extra)
     return found.keep(keep)
 
 
