@@ -75,3 +75,12 @@ def test_false_wins_stay_below_the_rate(changes, looks):
     assert wins / 1500 <= 0.067
     if changes == 1:
         assert wins / 1500 >= 0.033
+
+
+def test_equivalence_ends_the_runs_only_where_the_margin_was_asked_for():
+    d = {"a": [0.01, -0.02, 0.0, 0.015, 0.01, -0.01, 0.0, 0.005]}
+    assert judged(d, (4, 6, 8), margin=0.5).out == {"a": "equivalent after 4 pairs"}
+    narrowing = judged(d, (4, 6, 8), margin=0.5, settles=False)
+    assert narrowing.out == {}
+    assert narrowing.found["a"].n == 8
+    assert narrowing.verdict("a") == "equivalent"

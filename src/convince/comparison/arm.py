@@ -206,8 +206,6 @@ def curve(run: Run) -> list[list[float | None]]:
     return [[r["images"], r["loss"], r.get("val_accuracy")] for r in rows]
 
 
-
-
 def forget_peak() -> None:
     """Let the peak of memory begin anew (Linux; elsewhere it stays that of the process)."""
     with suppress(OSError):

@@ -160,7 +160,8 @@ class Comparison:
         until = math.inf if self.asked.minutes is None else self.began + self.asked.minutes * 60 - 5
         first = self.plan.looks[0]
         self._train([BASE], range(first), until)
-        self.judge = Judge([c.text for c in self.changes], self.plan.looks, self.asked.alpha, self._margin(), self.asked.race)
+        texts, given = [c.text for c in self.changes], self.asked.margin is not None
+        self.judge = Judge(texts, self.plan.looks, self.asked.alpha, self._margin(), self.asked.race, settles=given)
         before = 0
         for look, n in enumerate(self.plan.looks):
             self._train([BASE, *self._racing()], range(before, n), until)

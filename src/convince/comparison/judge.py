@@ -13,10 +13,12 @@ class Judge:
 
     ``looks``: the pairs after which it is planned to look. All changes count in the correction, also those that have left
     or could not be tried to the end, so that the chance of any false "better" or "worse" stays below ``alpha``.
+    ``settles``: being equivalent ends a change's runs; not where the margin is only what the pairs can detect, which more
+    pairs would narrow.
     """
 
-    def __init__(self, changes: Sequence[str], looks: Sequence[int], alpha: float, margin: float, race: bool = False) -> None:
-        self.changes, self.looks, self.alpha, self.margin, self.race = list(changes), tuple(looks), alpha, margin, race
+    def __init__(self, changes: Sequence[str], looks: Sequence[int], alpha: float, margin: float, race: bool = False, settles: bool = True) -> None:
+        self.changes, self.looks, self.alpha, self.margin, self.race, self.settles = list(changes), tuple(looks), alpha, margin, race, settles
         self.out: dict[str, str] = {}  # who has left, and why
         self.found: dict[str, Paired] = {}
         self.seen: dict[str, list[float]] = {text: [] for text in changes}  # p-values at the looks that were
@@ -41,7 +43,7 @@ class Judge:
         leaving, decided = {}, self.decided()
         for text in inside:
             found = self._verdict(text, decided)
-            if found in ("worse", "equivalent") or (found == "better" and not self.race):
+            if found == "worse" or (found == "equivalent" and self.settles) or (found == "better" and not self.race):
                 leaving[text] = f"{found} after {self.found[text].n} pairs"
         if self.race and inside:
             bounds = {text: self.found[text].interval(self.level(text)) for text in inside}

@@ -79,7 +79,7 @@ def lede(found: Evidence) -> str:
     better = [f.change for f in found.changes if f.verdict == "better"]
     worse = [f.change for f in found.changes if f.verdict == "worse"]
     n = min(f.n for f in found.changes)
-    where = Path(found.data["origin"]).name or found.data["origin"]
+    where = "/".join(Path(found.data["origin"]).parts[-2:]).lstrip("/") or found.data["origin"]
     if better:
         return f"On {where}, {join(better)} {'help' if len(better) > 1 else 'helps'}{f', and {join(worse)} did harm' if worse else ''}."
     if worse:
@@ -119,7 +119,7 @@ def table_row(f: Finding, scale: float) -> dict[str, Any]:
         "detectable": f"{detectable:.{digits(detectable)}f}" if math.isfinite(detectable) else units.NONE,
         "seconds": clock(f.cost["change"]["seconds"]),
         "against": clock(f.cost["baseline"]["seconds"]),
-        "out": f.out,
+        "out": f.out.removeprefix(f.verdict).strip(),
     }
 
 
