@@ -122,6 +122,12 @@ def test_explainers_are_compared_by_what_their_maps_do():
         tried("grad-cam", "poly1")
 
 
+def test_a_compressor_that_finds_no_network_takes_no_other_with_it():
+    found, _ = tried("int8", "rics", seeds=2, epochs=1, baseline=["triplet-network"])
+    assert [f.change for f in found.changes] == ["rics"]
+    assert "compresses one network" in found.refused[0]["reason"]
+
+
 def test_another_network_shares_few_weights():
     found, _ = tried(MODEL, seeds=2, epochs=1)
     assert found.changes[0].share < 0.5

@@ -122,7 +122,13 @@ class Desk:
         return out
 
     def _after(self, text: str, kind: str, wanted: list[metrics.Metric], answer: nn.Module, data: Data, run: Run) -> dict[str, Any]:
-        """Metrics of a change that needs no training, on the baseline's answer, and what it cost."""
+        """Metrics of a change that needs no training, on the baseline's answer, and what it cost; or why it cannot be tried."""
+        try:
+            return self._tried_after(text, kind, wanted, answer, data, run)
+        except Mistake as error:
+            return {"mistake": str(error)}
+
+    def _tried_after(self, text: str, kind: str, wanted: list[metrics.Metric], answer: nn.Module, data: Data, run: Run) -> dict[str, Any]:
         from convince.comparison.change import split
 
         forget_peak()

@@ -304,14 +304,21 @@ class Comparison:
             reason = result.get("mistake") or result["defect"].strip().splitlines()[-1]
             if arm == BASE:
                 raise Mistake(f"the baseline cannot be trained: {reason}") if "mistake" in result else RuntimeError(result["defect"])
-            if arm not in self.failed:
-                self.failed.add(arm)
-                self.plan.refused.append({"change": arm, "reason": f"seed {job['settings']['seed']}: {reason}"})
-                self.say(f"{arm}: failed with seed {job['settings']['seed']}: {reason}")
+            self._fail(arm, job, reason)
             return
         self.done[arm, job["at"]] = result
         for text, found in result.get("after", {}).items():
-            self.done[text, job["at"]] = found
+            if "mistake" in found:
+                self._fail(text, job, found["mistake"])
+            else:
+                self.done[text, job["at"]] = found
+
+    def _fail(self, text: str, job: Job, reason: str) -> None:
+        """A change that cannot be trained or tried with some seed leaves, once, with its reason."""
+        if text not in self.failed:
+            self.failed.add(text)
+            self.plan.refused.append({"change": text, "reason": f"seed {job['settings']['seed']}: {reason}"})
+            self.say(f"{text}: failed with seed {job['settings']['seed']}: {reason}")
 
     def _rows(self, arm: str) -> dict[int, dict[str, Any]]:
         return {at: row for (name, at), row in sorted(self.done.items(), key=lambda item: item[0][1]) if name == arm}
