@@ -94,7 +94,7 @@ def test_attack_and_explain(cli, run, tmp_path):
 def test_parts_show_doctor_and_check(cli):
     rows = cli("parts", "--json").json
     assert {"part", "kind", "room", "paper", "title", "year", "file", "verdict"} == set(rows[0])
-    assert [r["part"] for r in cli("parts", "cutmix", "--json").json] == ["cutmix"]
+    assert [r["part"] for r in cli("parts", "cutmix", "--json").json] == ["attentive-cutmix", "cutmix"]
     shown = cli("show", "cutmix", "--json").json
     assert shown["options"]["alpha"] == 1.0
     assert "departs from the paper" in cli("show", "resnet20").out

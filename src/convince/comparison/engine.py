@@ -23,6 +23,7 @@ from convince.errors import Mistake
 from convince.types import Budget
 
 BASE = "baseline"
+MOST_WORKERS = 8  # unless more are asked for: each holds torch and the data
 RELATED = 0.5  # correlation of the two arms of a pair that is supposed before any change has been trained
 Progress = Callable[[int, int, str], None]
 
@@ -136,7 +137,7 @@ def choose_hands(data: Any, workers: int | None, cluster: str | None) -> Hands:
         return Cluster(cluster, 1)
     if data is not None or workers == 0:
         return Here(data)
-    return Workers(workers or processors())
+    return Workers(workers or min(processors(), MOST_WORKERS))
 
 
 class Comparison:

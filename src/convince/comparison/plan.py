@@ -128,10 +128,10 @@ class Planner:
         for change in self.asked.changes:
             try:
                 arms[change.text] = self._arm(facts, change, seen, base, share)
-            except Mistake as reason:
+            except (Mistake, RuntimeError) as reason:
                 if not self.asked.race:  # asked for by name: a mistake; in a race it is left out
                     raise
-                self.refused.append({"change": change.text, "reason": str(reason)})
+                self.refused.append({"change": change.text, "reason": str(reason).strip().splitlines()[-1]})
         if not arms:
             raise Mistake("nothing is left to compare: " + "; ".join(f"{row['change']}: {row['reason']}" for row in self.refused))
         return arms
@@ -150,7 +150,8 @@ class Planner:
 
     def _use_machine(self, facts: dict[str, Any]) -> int:
         """Several processes of one thread, or one of several threads: what trains the baseline faster here."""
-        cores = min(processors(), int(os.environ.get("OMP_NUM_THREADS") or 1_000_000))
+        asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a person may hold threads back
+        cores = min(processors(), int(asked)) if asked.isdigit() and int(asked) else processors()
         if isinstance(self.hands, Here):
             self.threads = self.hands.threads
             return 0
