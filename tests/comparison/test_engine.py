@@ -269,7 +269,7 @@ def asked(*texts, **how):
 def planner(minutes, hands, **how):
     import time
 
-    return Planner(asked("poly1", minutes=minutes, **how), hands, lambda line: None, time.monotonic())
+    return Planner(asked("poly1", minutes=minutes, **how), hands, time.monotonic())
 
 
 def test_minutes_are_kept_by_shorter_runs_then_by_fewer_pairs():

@@ -108,6 +108,7 @@ def draw(name: str, train: int, val: int, test: int | None, seed: int) -> Any:
     import torch
 
     from convince.data import load
+    from convince.data.split import in_shares
     from convince.fit.randomness import generator
     from convince.types import Split
 
@@ -119,11 +120,7 @@ def draw(name: str, train: int, val: int, test: int | None, seed: int) -> Any:
         rows = rows[torch.randperm(len(rows), generator=generator(seed, name, who))]
         if count >= len(rows):
             return rows
-        position = torch.empty(len(rows))
-        for c in whole.y[rows].unique():  # the i-th of n of its class stands at i/n: cutting the sort keeps the shares
-            inside = (whole.y[rows] == c).nonzero()[:, 0]
-            position[inside] = (torch.arange(len(inside)) + 0.5) / len(inside)
-        return rows[position.argsort(stable=True)[:count]]
+        return in_shares(rows, whole.y, count)
 
     pool = take(whole.split.train, train + val, "train")
     held = take(pool, val, "val") if val else pool[:0]

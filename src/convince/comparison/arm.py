@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from convince import parts
 from convince.comparison import metrics
 from convince.data import Data, load
+from convince.data.split import in_shares
 from convince.errors import Mistake
 from convince.fit.answer import Answer, score
 from convince.fit.folder import environment
@@ -64,7 +65,6 @@ class Desk:
         """What the data are, and the settings of the baseline with every open choice made."""
         data = self.data(asked, samples)
         chosen, notes = resolve(asked, data)
-        resplit = data if not data.given_split else None
         return {
             "settings": chosen.model_dump(mode="json"),
             "notes": notes,
@@ -75,7 +75,7 @@ class Desk:
             "kind": data.preprocess.kind,
             "rows": {part: len(data.split[part]) for part in ("train", "val", "test")},
             "labelled": int((data.y[data.split.train] >= 0).sum()),
-            "test_is_fixed": resplit is None,
+            "test_is_fixed": data.given_split,
             "skipped": len(data.skipped),
             "environment": environment(),
         }
@@ -152,11 +152,7 @@ def read(source: str, size: int | None, fit: str, val: float, test: float, stric
 def fewer(data: Data, count: int, seed: int) -> Tensor:
     """``count`` training rows in the classes' own shares, drawn by the seed."""
     rows = data.split.train[torch.randperm(len(data.split.train), generator=generator(seed, "fewer"))]
-    place = torch.empty(len(rows))
-    for c in data.y[rows].unique():  # the i-th of n of its class stands at i/n: cutting the sort keeps the shares
-        inside = (data.y[rows] == c).nonzero()[:, 0]
-        place[inside] = (torch.arange(len(inside)) + 0.5) / len(inside)
-    return rows[place.argsort(stable=True)[:count]]
+    return in_shares(rows, data.y, count)
 
 
 def measured(

@@ -18,7 +18,7 @@ from convince.comparison.change import Change, change, with_parts
 from convince.comparison.evidence import POINTS, Evidence, Finding, clock, digits
 from convince.comparison.hands import Cluster, Hands, Here, Job, Workers
 from convince.comparison.judge import Judge
-from convince.comparison.plan import Asked, Plan, Planner, Say, processors
+from convince.comparison.plan import Asked, Plan, Planner, processors
 from convince.errors import Mistake
 from convince.types import Budget
 
@@ -26,6 +26,7 @@ BASE = "baseline"
 MOST_WORKERS = 8  # unless more are asked for: each holds torch and the data
 RELATED = 0.5  # correlation of the two arms of a pair that is supposed before any change has been trained
 Progress = Callable[[int, int, str], None]
+Say = Callable[[str], None]
 
 
 def compare(
@@ -177,7 +178,7 @@ class Comparison:
         """The plan: from the folder where this comparison was begun, else made now and kept there."""
         path = None if self.folder is None else self.folder / "plan.json"
         asked = json.loads(json.dumps(self.asked.to_json()))
-        planner = Planner(self.asked, self.hands, self.say, self.began)
+        planner = Planner(self.asked, self.hands, self.began)
         if path is not None and path.exists():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
@@ -247,13 +248,13 @@ class Comparison:
     def _job(self, arm: str, at: int) -> Job:
         """The job of one arm with one seed; its key is all that its result depends on."""
         made = self.plan.baseline if arm == BASE else self.plan.arms[arm]
-        asked = [name for name in dict.fromkeys(["accuracy", self.asked.metric]) if parts.parse(name)[0] not in OF_SCORES]
+        further = [] if parts.parse(self.asked.metric)[0] in metrics.OF_SCORES else [self.asked.metric]
         job: Job = {
             "do": "train",
             "settings": {**made.settings, "seed": self.plan.seed + at},
             "samples": self.plan.samples,
             "threads": self.plan.threads,
-            "metrics": asked,
+            "metrics": further,
         }
         if arm == BASE:
             job["after"] = {c.text: c.kind for c in self.changes if c.kind != "train"}
@@ -428,9 +429,6 @@ class Comparison:
             "low": low,
             "high": high,
         }
-
-
-OF_SCORES = tuple(metrics.OF_SCORES)
 
 
 def cost(rows: list[dict[str, Any]], operations: float | None) -> dict[str, float | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +25,6 @@ PATIENCE = 4.0  # seconds that a survey's steps may take, if the fewest allow it
 FEW_EPOCHS = 6  # with fewer, a run on smaller pictures tells more
 MOST_PAIRS = 16  # that are planned without being asked for
 BASELINE = Change("baseline", "train", ())
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -93,8 +91,8 @@ class Asked:
 class Planner:
     """Surveys the arms and settles the plan. ``began`` is when the person's minutes began."""
 
-    def __init__(self, asked: Asked, hands: Hands, say: Say, began: float) -> None:
-        self.asked, self.hands, self.say, self.began = asked, hands, say, began
+    def __init__(self, asked: Asked, hands: Hands, began: float) -> None:
+        self.asked, self.hands, self.began = asked, hands, began
         self.threads = 1
         self.steps = STEPS[1]
         self.notes: list[str] = []

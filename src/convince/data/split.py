@@ -75,6 +75,15 @@ def _draw_rows(y: Rows, pool: Rows, val: float, test: float, seed: int) -> tuple
     return train, val_rows, test_rows
 
 
+def in_shares(rows: Tensor, y: Tensor, count: int) -> Tensor:
+    """The first ``count`` of these rows in the classes' own shares: the i-th of n of its class stands at i/n, and the sort is cut."""
+    place = torch.empty(len(rows))
+    for label in y[rows].unique():
+        inside = (y[rows] == label).nonzero()[:, 0]
+        place[inside] = (torch.arange(len(inside)) + 0.5) / len(inside)
+    return rows[place.argsort(stable=True)[:count]]
+
+
 def quotas(counts: Rows, share: float, least: Rows, most: Rows) -> Rows:
     """How many of each class to take: ``share`` of each, rounded by largest remainder, within bounds.
 

@@ -180,6 +180,12 @@ class Run:
         """The weights moved: scores are worked out anew when they are next asked for."""
         self._scores.clear()
 
+    def body(self) -> set[str]:
+        """Names of the network's parameters, less those of its head."""
+        head = self.model.get_classifier() if hasattr(self.model, "get_classifier") else nn.Identity()  # type: ignore[operator]
+        own = {id(p) for p in head.parameters()}
+        return {name for name, p in self.model.named_parameters() if id(p) not in own}
+
     def require(self, *features: str) -> None:
         """Refuse in words a network that lacks what a part needs: ``run.require("conv-bn")``."""
         for feature in features:

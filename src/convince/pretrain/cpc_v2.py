@@ -211,10 +211,7 @@ class CPCv2(Technique):
     def before(self, run: Run) -> list[Stage]:
         if self.epochs == 0:
             return []
-        head = run.model.get_classifier() if hasattr(run.model, "get_classifier") else nn.Identity()  # type: ignore[operator]
-        unused = {id(p) for p in head.parameters()}
-        names = {name for name, p in run.model.named_parameters() if id(p) not in unused}
-        names |= {f"extra.cpc.{name}" for name, _ in run.extra["cpc"].named_parameters()}
+        names = run.body() | {f"extra.cpc.{name}" for name, _ in run.extra["cpc"].named_parameters()}
         return [Stage("cpc-v2", self.epochs, objective=self.contrast, trainable=names.__contains__, guests=False)]
 
     def on_batch(self, run: Run) -> None:

@@ -289,10 +289,7 @@ class SparK(Technique):
     def before(self, run: Run) -> list[Stage]:
         if self.epochs == 0:
             return []
-        head = run.model.get_classifier() if hasattr(run.model, "get_classifier") else nn.Identity()  # type: ignore[operator]
-        unused = {id(p) for p in head.parameters()}
-        names = {name for name, p in run.model.named_parameters() if id(p) not in unused}
-        names |= {f"extra.spark.{name}" for name, _ in run.extra["spark"].named_parameters()}
+        names = run.body() | {f"extra.spark.{name}" for name, _ in run.extra["spark"].named_parameters()}
         return [Stage("spark", self.epochs, objective=self.rebuild_loss, trainable=names.__contains__, guests=False)]
 
     def on_batch(self, run: Run) -> None:
