@@ -49,7 +49,7 @@ class Card:
 
     ``strength`` names the argument that switches the part off and ``off`` the value that does;
     ``claims`` are the slots it owns, ``mutes`` the slots or kinds it silences, ``expects`` what
-    the data must have (``images``, ``labels``, ``logits``); ``tiny`` are arguments for tests
+    the run must have (``images``, ``labels``, ``logits``, and ``network``: the one of --model answers); ``tiny`` are arguments for tests
     (a fit of at most 0.15 s on one core); ``idle`` are parameters that rightly get no gradient.
     """
 

@@ -32,7 +32,7 @@ CARD = Card(
     ),
     when="during",
     gradient="surrogate",
-    expects=("images",),
+    expects=("images", "network"),
     tiny={"w_bits": 4, "start_after": 0.25},
 )
 

@@ -26,7 +26,7 @@ CARD = Card(
     url="https://arxiv.org/abs/2109.09818",
     claims=("update",),
     mutes=("gradient",),
-    expects=("nuisance",),
+    expects=("nuisance", "network"),
     tiny={"aux_lr": 0.05, "confusion_lr": 0.05},
     departs=(
         "the run's optimiser moves encoder and head; the release uses SGD with momentum 0.9 and a rate of 3e-4 on a pretrained network",

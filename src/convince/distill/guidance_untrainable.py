@@ -39,7 +39,7 @@ CARD = Card(
     strength="weight",
     off=0.0,
     tiny={"guide": "small-cnn:widths=(4,)", "train_guide": 0},
-    expects=("logits",),
+    expects=("logits", "network"),
 )
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase)
 OWN_SEED = 7919  # added to the run's seed for the guide

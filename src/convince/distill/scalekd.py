@@ -39,7 +39,7 @@ CARD = Card(
     off=0.0,
     tiny={"teacher": "timm/vit_tiny_patch16_224:patch_size=4,embed_dim=8,depth=2,num_heads=1", "train_teacher": 0},
     mutes=("gradient",),
-    expects=("images", "labels", "logits"),
+    expects=("images", "labels", "logits", "network"),
 )
 SCALE = 5.0  # of the attention's softmax
 

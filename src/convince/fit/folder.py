@@ -143,8 +143,8 @@ def open_run(folder: str | Path, *, trust: bool = False) -> Loaded:
         preprocess = Preprocess.from_json(labels["preprocess"])
         data = without_samples(preprocess, tuple(labels["classes"]))
         seats = [seat(spec) for spec in structure["parts"]]
-        wanted = (word for made in seats for word in made.card.expects)  # it was trained, so the data had them
-        team = Team(seats, gives=("images", "labels", "logits", "table", *wanted))
+        wanted = [word for made in seats for word in made.card.expects]  # it was trained, so all was there
+        team = Team(seats, gives=tuple(wanted))
         plan = precision.choose(settings.precision, preprocess.kind)
         build = builder(structure["model"], num_classes=data.k, in_chans=preprocess.channels, size=preprocess.size)
         run = Run(settings, data, team, build, plan)

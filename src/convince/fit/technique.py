@@ -120,7 +120,7 @@ class Seat:
 class Team:
     """All techniques of a run, in the order of (rank, name), with at most one owner a slot."""
 
-    def __init__(self, seats: list[Seat], gives: tuple[str, ...] = ("images", "labels", "logits")) -> None:
+    def __init__(self, seats: list[Seat], gives: tuple[str, ...] = ("images", "labels", "logits", "network")) -> None:
         self.seats = sorted(seats, key=lambda seat: (seat.technique.rank, seat.name))
         self._refuse(gives)
         self._hooks = {hook: [seat for seat in self.seats if seat.has(hook)] for hook in (*HOOKS, "before", "fit_members", "wrap")}

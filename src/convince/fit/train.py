@@ -116,7 +116,7 @@ def prepare(settings: Settings, data: Data, *, record: Record | None = None, dro
     if not len(data.split.train):
         raise Mistake(f"{data.origin}: no training samples are left after splitting; give more data or a smaller --val and --test")
     seats = [seat(spec) for spec in settings.parts]
-    gives = ["logits", "images" if data.preprocess.kind == "image" else "table"]
+    gives = ["logits", "network", "images" if data.preprocess.kind == "image" else "table"]
     if bool((data.y >= 0).any()):
         gives.append("labels")
     gives += list(data.extra)

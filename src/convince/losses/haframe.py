@@ -33,7 +33,7 @@ CARD = Card(
     url="https://arxiv.org/abs/2303.05689",
     claims=("objective",),
     mutes=("loss",),
-    expects=("labels", "logits"),
+    expects=("labels", "logits", "network"),
     departs=(
         "tree=None, the default, is a flat tree: all classes are equally far apart and the frame is a simplex (ETF); give a tree to gain from one",
         "alpha 0.4 and gamma 2 are the constants released for CIFAR-100; other sets had alpha 0.4 to 0.5 and gamma 1 to 5",

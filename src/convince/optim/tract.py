@@ -30,6 +30,7 @@ CARD = Card(
         "where a step passes the network several times, the inputs of all its passes with gradients make up one Gram matrix",
         "dilated layers work too; the released code has none",
     ),
+    expects=("network",),
 )
 ROWS = 2**17  # patches that are in memory at a time
 

@@ -42,7 +42,7 @@ CARD = Card(
     strength="epochs",
     off=0,
     tiny={"epochs": 1, "directions": 1},
-    expects=("images",),
+    expects=("images", "network"),
     idle=("extra.cpc",),
 )
 TURNS = (0, 2, 1, 3)  # of the grid, so that the predicted rows lie below: down, up, then sideways

@@ -35,6 +35,7 @@ CARD = Card(
     tiny={"epochs": 1},
     accepts=("image", "table"),
     idle=("extra.dbn",),
+    expects=("network",),
 )
 RATES = {"bernoulli": 0.1, "gaussian": 0.001}
 PLAIN = (nn.Linear, nn.ReLU, nn.Sigmoid, nn.Flatten, nn.Identity, nn.Dropout, nn.Sequential)

@@ -39,7 +39,7 @@ CARD = Card(
     strength="epochs",
     off=0,
     tiny={"epochs": 1},
-    expects=("images",),
+    expects=("images", "network"),
     idle=("extra.rotnet",),
 )
 MEASURED = 512  # images on which the rotation accuracy is read after each epoch

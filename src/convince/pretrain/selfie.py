@@ -40,7 +40,7 @@ CARD = Card(
     strength="epochs",
     off=0,
     tiny={"epochs": 1, "layers": 1},
-    expects=("images",),
+    expects=("images", "network"),
     idle=("extra.selfie",),
 )
 MEASURED = 512  # images on which the pretext's accuracy is read after each epoch

@@ -42,7 +42,7 @@ CARD = Card(
     strength="epochs",
     off=0,
     tiny={"epochs": 1},
-    expects=("images",),
+    expects=("images", "network"),
     idle=("extra.spark",),
 )
 MEASURED = 256  # images on which the error is read after each epoch

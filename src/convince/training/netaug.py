@@ -38,7 +38,7 @@ CARD = Card(
     off=0.0,
     tiny={"width_mults": (1.0, 2.0), "expand_mults": (1.0, 2.0)},
     mutes=("gradient",),
-    expects=("logits",),
+    expects=("logits", "network"),
 )
 CONVS = {F.conv2d, torch.conv2d}
 KEEP = {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "hardswish", "hardsigmoid", "silu", "gelu", "leaky_relu", "elu", "sigmoid", "tanh", "clone"}
