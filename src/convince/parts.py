@@ -38,9 +38,10 @@ KINDS = (
     "predictor",
     "recipe",
     "study",
+    "search",
 )
 PACKAGE = Path(__file__).resolve().parent
-NOT_ROOMS = {"cli", "data", "fit", "report", "claims", "evidence", "checks", "comparison", "__pycache__"}
+NOT_ROOMS = {"cli", "data", "fit", "report", "claims", "evidence", "checks", "comparison", "models", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Card:
     ``claims`` are the slots it owns, ``mutes`` the slots or kinds it silences, ``expects`` what
     the run must have (``images``, ``labels``, ``logits``, and ``network``: the one of --model answers); ``tiny`` are arguments for tests
     (a fit of at most 0.15 s on one core); ``idle`` are parameters that rightly get no gradient.
+
+    Of networks: ``variants`` are named sizes and their options; ``small`` those for pictures of 28 to 64 pixels; ``published``
+    says of a size ``{"size": pixels, "classes": k, "parameters": n, "macs": n}`` as the paper or its released code has it, and
+    ``"why"`` where ours differs by more than 1 %. A card with ``of`` is data alone: further sizes of another part's network.
+
+    Of layers: ``host`` is a network that the checks put it into (None: a small ResNet); ``swaps`` are the types whose
+    parameters it replaces; ``unchanged`` says that a network computes what it did when the layer is put in.
     """
 
     part: str
@@ -73,13 +81,19 @@ class Card:
     gradient: str = "exact"
     idle: tuple[str, ...] = ()
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    small: tuple[str, ...] = ()
+    published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    of: str | None = None
+    host: str | None = None
+    swaps: tuple[str, ...] = ()
+    unchanged: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise Mistake(f"kind={self.kind!r} is not a kind{nearest(self.kind, KINDS)} Kinds: {', '.join(KINDS)}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.part):
             raise Mistake(f"part={self.part!r}: a part's name is lower-case letters, digits and hyphens")
-        for name in ("departs", "needs", "claims", "mutes", "expects", "accepts", "tasks", "idle"):
+        for name in ("departs", "needs", "claims", "mutes", "expects", "accepts", "tasks", "idle", "small", "swaps"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(word, str) for word in value):
                 raise Mistake(f"{name}={value!r}: must be a tuple of strings; a single one is written ('...',)")
@@ -89,6 +103,16 @@ class Card:
             raise Mistake(f"gradient={self.gradient!r}: must be 'exact' or 'surrogate'")
         if self.strength is None and self.off is not None:
             raise Mistake("off is given without strength: name the argument that switches the part off")
+        names = {self.part, *self.variants}
+        for name in (*self.small, *self.published):
+            if name not in names:
+                raise Mistake(f"{name!r} is no size of this part{nearest(name, sorted(names))} Sizes: {', '.join(sorted(names))}")
+        for name, row in self.published.items():
+            extra = row.keys() - {"size", "classes", "parameters", "macs", "why"}
+            if extra or not {"size", "classes"} <= row.keys() or not row.keys() & {"parameters", "macs"}:
+                raise Mistake(f"published[{name!r}]={row!r}: needs size, classes, and parameters or macs; may have why; nothing else")
+        if self.of is not None and (self.kind != "backbone" or not self.variants):
+            raise Mistake(f"of={self.of!r}: only a backbone's card can stand for sizes of another, and it names at least one in variants")
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,9 @@ class Part:
         return not self.path.is_relative_to(PACKAGE)
 
     def module(self) -> Any:
-        """The imported file. A missing optional package becomes a sentence with the remedy."""
+        """The imported file; of a card that is data alone, the file of the part it is ``of``. A missing package becomes a sentence."""
+        if self.card.of is not None:
+            return get(self.card.of).module()
         try:
             if not self.own:
                 return importlib.import_module("convince." + ".".join(self.path.relative_to(PACKAGE).with_suffix("").parts))
@@ -128,6 +154,8 @@ class Part:
 
     def load(self) -> Any:
         """The part's object: the class or function in its file that is named like the part."""
+        if self.card.of is not None:
+            return get(self.card.of).load()
         module = self.module()
         wanted = plain(self.name)
         for name, value in vars(module).items():

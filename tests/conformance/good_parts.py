@@ -90,6 +90,8 @@ class Dim:
 BACKBONE = '''"""Tiny: one convolution, pooling and a linear head."""
 import torch
 from torch import nn
+from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -98,6 +100,8 @@ CARD = Card(
     title="Tiny",
     accepts=("image",),
     variants={"tiny-net-wide": {"width": 16}},
+    small=("tiny-net",),
+    published={"tiny-net-wide": {"size": 32, "classes": 10, "parameters": 16 * 28 + 32 + 170, "macs": 32 * 32 * 16 * 27 + 160}},
 )
 
 
@@ -110,8 +114,11 @@ class TinyNet(nn.Module):
         self.conv = nn.Conv2d(in_chans, width, 3, padding=1)
         self.bn = nn.BatchNorm2d(width)
         self.fc = nn.Linear(width, num_classes)
+        self.feature_info = maps(("bn", width, 1))
 
     def forward_features(self, x):
+        if min(x.shape[2:]) < 2:
+            raise Mistake("tiny-net: needs two pixels a side")
         return self.bn(self.conv(x)).relu()
 
     def forward_head(self, x, pre_logits: bool = False):
@@ -121,9 +128,43 @@ class TinyNet(nn.Module):
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
 
+    def get_classifier(self):
+        return self.fc
+
     def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes)
+        self.num_classes, self.fc = num_classes, nn.Linear(self.num_features, num_classes)
+'''
+
+LAYER = '''"""Damp: a learned factor behind each convolution."""
+import torch
+from torch import nn
+from convince.layers.surgery import attach, find, refuse_nothing
+from convince.parts import Card
+
+CARD = Card(
+    part="damp",
+    kind="layer",
+    title="Damp",
+    expects=("images",),
+    unchanged=True,
+)
+
+
+class Damp(nn.Module):
+    """The input times a learned number, one at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.by
+
+
+def install(model, skip=("patch_embed*",)):
+    places = find(model, types=(nn.Conv2d,), skip=skip)
+    refuse_nothing(places, model, "damp", "convolutions", "choose another")
+    return attach(model, "damp", places, lambda name, conv: Damp())
 '''
 
 EXPLAINER = '''"""Times: the gradient of a class score times the pixels."""
@@ -327,6 +368,7 @@ GOOD = {
     "loss": LOSS,
     "augmentation": AUGMENTATION,
     "backbone": BACKBONE,
+    "layer": LAYER,
     "explainer": EXPLAINER,
     "attack": ATTACK,
     "predictor": PREDICTOR,

@@ -37,7 +37,19 @@ BROKEN = {
     ("backbone", "every weight gets a gradient"): ("self.bn = ", "self.unused = nn.Parameter(torch.zeros(2))\n        self.bn = "),
     ("backbone", "rows do not mix in eval"): ("return self.bn(self.conv(x)).relu()", "return (self.bn(self.conv(x)) - self.conv(x).mean(0, keepdim=True)).relu()"),
     ("backbone", "weights go by name"): ("self.fc = nn.Linear(width, num_classes)", "self.fc = nn.Linear(width, num_classes)\n        for p in self.parameters():\n            nn.init.constant_(p, 0.1)"),
-    ("backbone", "variants can be built"): ('"width": 16', '"width": -16'),
+    ("backbone", "double precision is kept"): ("x = x.mean((2, 3))\n", "x = x.mean((2, 3)).float()\n        self.fc.float()\n"),
+    ("backbone", "sizes can be built"): ('"width": 16}', '"width": -16}'),
+    ("backbone", "counts are the published ones"): ('"parameters": 16 * 28', '"parameters": 15 * 28'),
+    ("backbone", "small sizes are small"): ("    small=(\"tiny-net\",),\n", ""),
+    ("backbone", "sizes conform"): ("self.num_classes, self.num_features = num_classes, width", "self.num_classes, self.num_features = num_classes, min(width, 6)"),
+    ("backbone", "other inputs work or are refused"): ("raise Mistake(", "raise RuntimeError("),
+    ("backbone", "feature maps are named"): ('maps(("bn", width, 1))', 'maps(("bn", width + 1, 1))'),
+    ("backbone", "timm can make it"): ("self.num_classes, self.num_features = num_classes, width", "self.num_classes, self.num_features = 10, width"),
+    ("layer", "layer fits ours and timms"): ("types=(nn.Conv2d,), skip=skip", "types=(nn.Conv3d,), skip=skip"),
+    ("layer", "layer is undone cleanly"): ('return attach(model, "damp", places, lambda name, conv: Damp())', 'done = attach(model, "damp", places, lambda name, conv: Damp())\n    done.steps.pop()\n    return done'),
+    ("layer", "new weights get gradients"): ("return x * self.by", "return x * self.by.detach()"),
+    ("layer", "layer is copied with the network"): ("lambda name, conv: Damp())", "lambda name, conv: Held(conv))"),
+    ("layer", "start is unchanged"): ("torch.ones(())", "torch.full((), 0.5)"),
     ("explainer", "map fits the image"): ("(grad * x).sum(1, keepdim=True)", "(grad * x)[..., 1:].sum(1, keepdim=True)"),
     ("explainer", "target matters"): ("target[:, None]", "0 * target[:, None]"),
     ("explainer", "weights matter"): ("(grad * x)", "(0 * grad + x + target.view(-1, 1, 1, 1))"),
@@ -77,6 +89,19 @@ class Scaled(nn.Module):
         return self.answer(x) * (1 + self.by)
 """
 
+HELD = """
+
+
+class Held(Damp):
+    def __init__(self, conv):
+        super().__init__()
+        self.kept = lambda: conv.weight
+
+    def forward(self, x):
+        return x * self.by + 0.1 * self.kept().mean()
+
+"""
+
 
 @pytest.fixture
 def written(tmp_path):
@@ -113,6 +138,8 @@ def test_a_broken_part_fails_its_check(kind, check, written):
     source = GOOD[kind].replace(old, new)
     if "NOISE" in new or "Scaled" in new:
         source = source.replace("\n\n\n@dataclass", EXTRAS + "\n\n@dataclass", 1)
+    if "Held" in new:
+        source = source.replace("\n\n\ndef install", HELD + "\n\ndef install", 1)
     if "self.tick" in new:
         source = source.replace("self.seen = 0\n\n    def on_step", "self.seen = 0\n        self.tick = 0\n\n    def on_step")
     if check == "reload gives the same answer":

@@ -64,7 +64,7 @@ def test_added_parameters_of_the_released_nets(name, released):
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
         before = dict(model.named_parameters())
-        assert eca.install(model, k=eca.RELEASED[name]) == released
+        assert eca.install(model, k=eca.RELEASED[name]).added == released
     after = dict(model.named_parameters())
     assert before.keys() <= after.keys()
     assert sum(p.numel() for p in after.values()) - sum(p.numel() for p in before.values()) == released
@@ -72,17 +72,17 @@ def test_added_parameters_of_the_released_nets(name, released):
 
 def test_adaptive_resnet50_and_se50():
     with torch.device("meta"):
-        assert eca.install(torchvision.models.resnet50()) == 86
+        assert eca.install(torchvision.models.resnet50()).added == 86
         model = torchvision.models.resnet50()
         assert sum(p.numel() for p in model.parameters()) == 25_557_032
-        assert se.install(model) == 2_530_992
+        assert se.install(model).added == 2_530_992
         assert sum(p.numel() for p in model.parameters()) == 28_088_024
 
 
 def test_counts_of_the_claim():
     with torch.device("meta"):
-        assert eca.install(ResNet(layers=(1, 1, 1))) == 9
-        assert se.install(ResNet(layers=(1, 1, 1)), r=4) == 148 + 552 + 2128
+        assert eca.install(ResNet(layers=(1, 1, 1))).added == 9
+        assert se.install(ResNet(layers=(1, 1, 1)), r=4).added == 148 + 552 + 2128
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenetv2_050", "regnetx_002"])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from convince import parts
+from convince.backbones import in_timm
 from convince.errors import Mistake, nearest
 
 
@@ -17,9 +18,28 @@ def names() -> list[str]:
     return [n for row in parts.find() if isinstance(row, parts.Part) and row.card.kind == "backbone" for n in (row.name, *row.card.variants)]
 
 
-def card_of(spec: str) -> parts.Card | None:
-    """The card behind a model's name, or None for ``timm/NAME``."""
-    return None if spec.startswith("timm/") else _find(parts.parse(spec)[0])[0].card
+def part_of(spec: str) -> parts.Part | None:
+    """The part behind a model's name, or None for ``timm/NAME``."""
+    return None if spec.startswith("timm/") else named(spec)[0]
+
+
+def named(spec: str) -> tuple[parts.Part, str, dict[str, Any]]:
+    """The part, the size's name as its card spells it, and that size's options; a Mistake with the nearest name."""
+    wanted = parts.plain(parts.parse(spec)[0])
+    for row in parts.find():
+        if isinstance(row, parts.Part) and row.card.kind == "backbone":
+            for name, options in {row.name: {}, **row.card.variants}.items():
+                if parts.plain(name) == wanted:
+                    return row, name, options
+    known = names()
+    raise Mistake(f"--model {spec}: no network of that name{nearest(parts.parse(spec)[0], known)} 'convince models' lists all {len(known)}; or timm/NAME")
+
+
+def input_size(spec: str) -> tuple[int, int]:
+    """The sides [pixels] of the images that a named size is published for; 32 for a small one, 224 where nothing is said."""
+    part, name, _ = named(spec)
+    side = part.card.published.get(name, {}).get("size") or (32 if name in part.card.small else 224)
+    return side, side
 
 
 def builder(spec: str, *, num_classes: int, in_chans: int, size: tuple[int, ...]) -> Callable[[], nn.Module]:
@@ -31,7 +51,7 @@ def builder(spec: str, *, num_classes: int, in_chans: int, size: tuple[int, ...]
     name, options = parts.parse(spec)
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), {"num_classes": num_classes, "in_chans": in_chans, **options}, size)
-    part, variant = _find(name)
+    part, _, variant = named(name)
     accepted = part.card.accepts or ("image",)
     given = "image" if size else "table"
     if given not in accepted:
@@ -42,18 +62,6 @@ def builder(spec: str, *, num_classes: int, in_chans: int, size: tuple[int, ...]
     if "img_size" in inspect.signature(made).parameters:
         fixed["img_size"] = size
     return lambda: made(**{**fixed, **variant, **options})
-
-
-def _find(name: str) -> tuple[parts.Part, dict[str, Any]]:
-    for row in parts.find():
-        if isinstance(row, parts.Part) and row.card.kind == "backbone":
-            if parts.plain(row.name) == parts.plain(name):
-                return row, {}
-            for variant, options in row.card.variants.items():
-                if parts.plain(variant) == parts.plain(name):
-                    return row, options
-    known = names()
-    raise Mistake(f"--model {name}: no network of that name{nearest(name, known)} Known: {', '.join(known)}, or timm/NAME")
 
 
 def _timm(name: str, options: dict[str, Any], size: tuple[int, ...]) -> Callable[[], nn.Module]:
@@ -75,3 +83,6 @@ def _timm(name: str, options: dict[str, Any], size: tuple[int, ...]) -> Callable
             raise Mistake(f"--model timm/{name}: cannot be built for {size[0]}x{size[1]} pixels with {options}: {error}") from error
 
     return build
+
+
+in_timm.watch()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -25,11 +26,12 @@ CARD = Card(
         "initial weights follow PyTorch's law by fan-in; the release draws a truncated normal of deviation 0.1 and sets biases to 0.1",
         "the channels of the image and its size are arguments; the paper's are 1 and 28 by 28",
     ),
+    small=("cnn-agarap",),
 )
 
 
 @final
-class CNNAgarap(nn.Module):
+class CNNAgarap(Headed):
     """conv5x5 - ReLU - 2x2 max-pool for each of ``widths``, a hidden layer with ReLU and dropout, a linear head: 3,274,634 weights at 28x28x1.
 
     ``img_size`` (rows, columns) fixes the hidden layer, 7x7x64 to 1024 in the paper; at 224 pixels that layer alone has 205 million weights, so
@@ -59,6 +61,7 @@ class CNNAgarap(nn.Module):
         self.features = nn.Sequential(*layers)
         self.hidden = nn.Sequential(nn.Linear(widths[-1] * rows * columns, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.fc = nn.Linear(hidden, num_classes)
+        self.feature_info = maps(*((f"features.{3 * i + 1}", width, 2**i) for i, width in enumerate(widths)))
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """The last feature map."""
@@ -67,19 +70,6 @@ class CNNAgarap(nn.Module):
             raise Mistake(f"cnn-agarap: built for images of {built} pixels, given {given}; pass img_size, or bring the images to that size")
         return self.features(x)
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """The hidden layer's activations [n d], or the scores [n k]."""
-        x = self.hidden(x.flatten(1))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with the hidden layer's activations."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """The hidden layer's activations."""
+        return self.hidden(features.flatten(1))

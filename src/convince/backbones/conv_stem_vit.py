@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import maps
 from convince.parts import Card
 
 CARD = Card(
@@ -25,6 +26,7 @@ CARD = Card(
         "the mean over tokens answers, not a class token",
         "sizes are ours, for 28 to 64 pixels; the paper's start at 1 billion multiply-adds for 224",
     ),
+    small=("conv-stem-vit",),
 )
 
 
@@ -81,3 +83,4 @@ class ConvStemVit(VisionTransformer):
             num_heads=heads,
             embed_layer=partial(Tokens, halvings=stem),
         )
+        self.feature_info = maps(*((f"blocks.{i}", dim, 2**stem) for i in range(depth)))

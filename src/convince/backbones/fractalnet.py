@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -33,6 +34,7 @@ CARD = Card(
         "fractalnet40": {"columns": 4},
         "fractalnet-small": {"widths": (16, 32, 64), "columns": 3},
     },
+    small=("fractalnet-small",),
 )
 
 Alive = Callable[[int, int, Sequence[int]], Sequence[int]]
@@ -103,7 +105,7 @@ class FractalBlock(nn.Module):
 
 
 @final
-class FractalNet(nn.Module):
+class FractalNet(Headed):
     """A fractal block and a 2x2 max-pool for each of ``widths``, then a linear head; depth ``len(widths) * 2 ** (columns - 1)``.
 
     ``drop_path``: the probability that a join drops an input, in a local step; in half of the training steps one column is
@@ -134,6 +136,7 @@ class FractalNet(nn.Module):
         rates = [dropout * i / max(len(widths) - 1, 1) for i in range(len(widths))]
         self.blocks = nn.ModuleList(FractalBlock(a, b, columns, rate) for a, b, rate in zip([in_chans, *widths], widths, rates, strict=False))
         self.fc = nn.Linear(widths[-1], num_classes)
+        self.feature_info = maps(*((f"blocks.{i}", width, 2 ** (i + 1)) for i, width in enumerate(widths)))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -148,27 +151,14 @@ class FractalNet(nn.Module):
             return self._features(x, everything)
         return self._features(x, self._draw()) + 0 * sum(p.sum() for p in self.blocks.parameters())
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))
 
     def forward_column(self, x: Float[Tensor, "n c h w"], column: int) -> Float[Tensor, "n k"]:
         """The scores with one column alone, as in a global step of drop-path; 1 is the deepest."""
         self._check_column(column)
         return self.forward_head(self._features(x, lambda block, depth, ending: [column]))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
 
     def _features(self, x: Tensor, alive: Alive) -> Tensor:
         self._check(*x.shape[-2:])

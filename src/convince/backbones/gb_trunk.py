@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -24,11 +25,12 @@ CARD = Card(
         "batch statistics move by 0.1 with epsilon 1e-5, PyTorch's habit; Keras moves them by 0.01 with 1e-3",
         "alone it ends in one linear layer; the part gb-cnn puts the paper's dense layers in its place",
     ),
+    small=("gb-trunk",),
 )
 
 
 @final
-class GbTrunk(nn.Module):
+class GbTrunk(Headed):
     """(conv3x3 - ReLU - BN) x 2 - max-pool 2 - dropout, for each of ``widths``; then the map is flattened.
 
     288,224 parameters without the head for 28x28x1 (batch statistics counted) and 1,152 flat features.
@@ -52,24 +54,12 @@ class GbTrunk(nn.Module):
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, widths[-1] * sides[0] * sides[1]
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(self.num_features, num_classes)
+        self.feature_info = maps(*((f"features.{8 * i + 5}", width, 2**i) for i, width in enumerate(widths)))
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """The last feature map."""
         return self.features(x)
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """The flat features [n d*i*j], or the scores [n k]."""
-        x = x.flatten(1)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with the flat features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """The flat features."""
+        return features.flatten(1)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -26,11 +27,12 @@ CARD = Card(
     ),
     tiny={"channels": (4, 8), "hidden": 8, "dropout": 0.1},
     variants={"handwriting-cnn-bn": {"norm": True}},
+    small=("handwriting-cnn",),
 )
 
 
 @final
-class HandwritingCNN(nn.Module):
+class HandwritingCNN(Headed):
     """conv - (BN) - ReLU - max-pool for each of ``channels``, flatten, a hidden layer with ReLU and dropout, a linear head.
 
     ``kernel``: side of the kernels, odd [pixels]; ``pool``: by how much each block shrinks the sides; ``norm``: batch
@@ -69,6 +71,8 @@ class HandwritingCNN(nn.Module):
         self.features = nn.Sequential(*layers)
         self.hidden = nn.Sequential(nn.Linear(channels[-1] * rows * columns, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.fc = nn.Linear(hidden, num_classes)
+        each = 4 if norm else 3
+        self.feature_info = maps(*((f"features.{each * i + each - 2}", width, pool**i) for i, width in enumerate(channels)))
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """The last feature map."""
@@ -79,19 +83,6 @@ class HandwritingCNN(nn.Module):
             )
         return self.features(x)
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """The hidden layer's activations [n d], or the scores [n k]."""
-        x = self.hidden(x.flatten(1))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with the hidden layer's activations."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """The hidden layer's activations."""
+        return self.hidden(features.flatten(1))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -22,6 +23,7 @@ CARD = Card(
     accepts=("image",),
     departs=("images smaller than 29 pixels are padded to 29 by their last row and column; larger ones make the hidden layer larger",),
     tiny={"channels": (4, 6), "hidden": 8},
+    small=("mcdnn-column",),
 )
 SIDE = 29
 
@@ -32,7 +34,7 @@ def scaled_tanh(a: Tensor) -> Tensor:
 
 
 @final
-class McdnnColumn(nn.Module):
+class McdnnColumn(Headed):
     """conv 4x4 - max-pool 2 - conv 5x5 - max-pool 3 - hidden layer - linear head, weights uniform in [-0.05, 0.05].
 
     Winner-take-all is the max-pool: only the winners get gradients. ``img_size``: (rows, columns), which the hidden layer follows.
@@ -48,6 +50,7 @@ class McdnnColumn(nn.Module):
         self.conv2 = nn.Conv2d(channels[0], channels[1], 5)
         self.hidden = nn.Linear(channels[1] * rows * columns, hidden)
         self.fc = nn.Linear(hidden, num_classes)
+        self.feature_info = maps(("conv1", channels[0], 1), ("conv2", channels[1], 2))
         for p in self.parameters():
             nn.init.uniform_(p, -0.05, 0.05)
 
@@ -58,19 +61,6 @@ class McdnnColumn(nn.Module):
         x = scaled_tanh(F.max_pool2d(self.conv1(x), 2))
         return scaled_tanh(F.max_pool2d(self.conv2(x), 3))
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """The hidden layer's activations [n d], or the scores [n k]."""
-        x = scaled_tanh(self.hidden(x.flatten(1)))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with the hidden layer's activations."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """The hidden layer's activations."""
+        return scaled_tanh(self.hidden(features.flatten(1)))

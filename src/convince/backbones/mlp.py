@@ -9,6 +9,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -21,7 +22,7 @@ CARD = Card(
 
 
 @final
-class MLP(nn.Module):
+class MLP(Headed):
     """Linear - ReLU for each of ``hidden``, then a linear head. ``in_chans`` is the number of features."""
 
     def __init__(self, num_classes: int = 2, in_chans: int = 1, hidden: Sequence[int] = (128, 128)) -> None:
@@ -30,23 +31,12 @@ class MLP(nn.Module):
         sizes = [in_chans, *hidden]
         self.hidden = nn.Sequential(*(m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))
         self.fc = nn.Linear(hidden[-1], num_classes)
+        self.feature_info = maps()
 
     def forward_features(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
         """Activations of the last hidden layer."""
         return self.hidden(x)
 
-    def forward_head(self, x: Float[Tensor, "n e"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """The features themselves, or the scores."""
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with its features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+        """The features themselves."""
+        return features

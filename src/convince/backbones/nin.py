@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -21,6 +22,7 @@ CARD = Card(
     accepts=("image",),
     tiny={"width": 8, "blocks": 2},
     variants={"nin3": {"blocks": 3}, "nin-mini": {"width": 24}},
+    small=("nin-mini",),
 )
 
 
@@ -34,7 +36,7 @@ def unit(c_in: int, c_out: int, kernel: int) -> nn.Sequential:
 
 
 @final
-class NIN(nn.Module):
+class NIN(Headed):
     """The CIFAR network of the rotation paper: ``block1`` to ``block4``, global average pooling, a linear head.
 
     ``block1`` is 5x5 ``width``, 1x1 ``5/6 width``, 1x1 ``width/2`` and a max-pool 3/2; ``block2`` 5x5 and two 1x1
@@ -53,6 +55,7 @@ class NIN(nn.Module):
         for i in range(3, blocks + 1):
             setattr(self, f"block{i}", nn.Sequential(unit(width, width, 3), unit(width, width, 1), unit(width, width, 1)))
         self.fc = nn.Linear(width, num_classes)
+        self.feature_info = maps(("block1", half, 2), *((f"block{i}", width, 4) for i in range(2, blocks + 1)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -63,19 +66,6 @@ class NIN(nn.Module):
             x = getattr(self, f"block{i}")(x)
         return x
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, final
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -22,11 +24,12 @@ CARD = Card(
         "plain-cnn16": {"layers": (4, 4, 4, 4)},
         "plain-cnn16-skip": {"layers": (4, 4, 4, 4), "skip": True},
     },
+    small=("plain-cnn",),
 )
 
 
 @final
-class PlainCNN(nn.Module):
+class PlainCNN(Headed):
     """Stages of conv3x3 - ReLU, global average pooling, a linear head; each stage after the first halves the side.
 
     ``layers`` are convolutions a stage, ``widths`` their channels. ``skip=True`` is the residual twin with the same
@@ -59,6 +62,8 @@ class PlainCNN(nn.Module):
         self.num_classes, self.num_features, self.in_chans, self.skip = num_classes, widths[-1], in_chans, skip
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, s, 1) for a, b, s in zip(inputs, outputs, strides, strict=True))
         self.fc = nn.Linear(widths[-1], num_classes)
+        last = list(itertools.accumulate(layers))
+        self.feature_info = maps(*((f"convs.{end - 1}", width, 2**i) for i, (end, width) in enumerate(zip(last, widths, strict=True))))
         if init == "he":
             for conv in self.convs:
                 assert isinstance(conv, nn.Conv2d)
@@ -78,22 +83,9 @@ class PlainCNN(nn.Module):
                 kept = x
         return x
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))
 
 
 def shortcut(x: Float[Tensor, "n c h w"], like: Float[Tensor, "n d i j"]) -> Float[Tensor, "n d i j"]:

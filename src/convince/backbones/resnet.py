@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, final
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -31,6 +31,7 @@ CARD = Card(
         "resnet34": {"layers": (3, 4, 6, 3), "widths": (64, 128, 256, 512), "stem": "photo"},
         "resnet18-slim": {"layers": (2, 2, 2, 2), "widths": (32, 64, 128, 256), "stem": "photo"},
     },
+    small=("resnet8", "resnet20"),
 )
 
 
@@ -44,17 +45,18 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
+        self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
+        y = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
 @final
-class ResNet(nn.Module):
+class ResNet(Headed):
     """Stages of basic blocks, global average pooling, a linear head. Parameter names are torchvision's.
 
     ``stem`` "small" is one 3x3 conv for images up to about 64 px; "photo" is 7x7 stride 2 and a
@@ -83,6 +85,8 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             c_in = c_out
         self.fc = nn.Linear(c_in, num_classes)
+        first = 4 if photo else 1
+        self.feature_info = maps(*((f"layer{i + 1}", width, first * 2**i) for i, width in enumerate(widths)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -94,19 +98,6 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{i + 1}")(x)
         return x
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.layers.se import Se
 from convince.parts import Card
 
@@ -37,6 +37,7 @@ CARD = Card(
         "resnet-rs350": {"depth": 350, "drop_path": 0.1},
         "resnet-rs420": {"depth": 420, "drop_path": 0.1},
     },
+    small=("resnet-rs8", "resnet-rs20"),
 )
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3), 270: (4, 29, 53, 4), 350: (4, 36, 72, 4), 420: (4, 44, 87, 4)}
 SIZES = {50: (160,), 101: (160, 192), 152: (192, 224, 256), 200: (256,), 270: (256,), 350: (256, 320), 420: (320,)}  # depth -> pixels of the presets
@@ -61,6 +62,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
+        self.act1, self.act2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
         self.se = Se(c_out, r=4)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
@@ -68,12 +70,12 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(pool, nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.se(self.bn2(self.conv2(y))) + self.downsample(x), inplace=True)
+        y = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.se(self.bn2(self.conv2(y))) + self.downsample(x))
 
 
 @final
-class SmallResNetRs(nn.Module):
+class SmallResNetRs(Headed):
     """Three 3x3 convs as the stem, stages of :class:`Block`, mean over positions, a linear head.
 
     Each stage after the first halves the side; ``layers`` are blocks a stage, ``widths`` their channels.
@@ -93,6 +95,7 @@ class SmallResNetRs(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             c_in = c_out
         self.fc = nn.Linear(c_in, num_classes)
+        self.feature_info = maps(*((f"layer{i + 1}", width, 2**i) for i, width in enumerate(widths)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -104,22 +107,9 @@ class SmallResNetRs(nn.Module):
             x = getattr(self, f"layer{i + 1}")(x)
         return x
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))
 
 
 def resnet_rs(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import final
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -23,11 +26,12 @@ CARD = Card(
     ),
     accepts=("image",),
     tiny={"stem": 4, "widths": (8, 8), "strides": (2, 1)},
+    small=("separable-cnn",),
 )
 
 
 @final
-class SeparableCNN(nn.Module):
+class SeparableCNN(Headed):
     """conv3x3-BN-ReLU of ``stem`` channels; blocks conv1x1-BN-ReLU - depthwise 3x3-BN-ReLU; average pooling, a linear head.
 
     ``widths`` are the channels of the blocks, ``strides`` those of their depthwise convolutions.
@@ -51,24 +55,13 @@ class SeparableCNN(nn.Module):
             blocks.append(nn.Sequential(*pointwise, *depthwise))
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(widths[-1], num_classes)
+        steps = itertools.accumulate(strides, operator.mul)
+        self.feature_info = maps(*((f"blocks.{i}", width, step) for i, (width, step) in enumerate(zip(widths, steps, strict=True))))
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """The last feature map."""
         return self.blocks(self.stem(x))
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))

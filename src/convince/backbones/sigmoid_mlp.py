@@ -10,6 +10,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -18,11 +19,12 @@ CARD = Card(
     title="Multi-layer perceptron with sigmoid units",
     accepts=("image", "table"),
     tiny={"hidden": (8,)},
+    small=("sigmoid-mlp",),
 )
 
 
 @final
-class SigmoidMLP(nn.Module):
+class SigmoidMLP(Headed):
     """Flatten, Linear - Sigmoid for each of ``hidden``, a linear head; Xavier's initial weights, biases 0.
 
     ``img_size``: (rows, columns) of the images, () for a table of ``in_chans`` features.
@@ -35,6 +37,7 @@ class SigmoidMLP(nn.Module):
         self.flatten = nn.Flatten()
         self.hidden = nn.Sequential(*(m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Sigmoid())))
         self.fc = nn.Linear(hidden[-1], num_classes)
+        self.feature_info = maps()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -44,18 +47,6 @@ class SigmoidMLP(nn.Module):
         """Activations of the last hidden layer."""
         return self.hidden(self.flatten(x))
 
-    def forward_head(self, x: Float[Tensor, "n e"], pre_logits: bool = False) -> Float[Tensor, "n k"]:
-        """The features themselves, or the scores."""
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with its features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+        """The features themselves."""
+        return features

@@ -8,6 +8,8 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -16,11 +18,12 @@ CARD = Card(
     title="Three-block convolutional network",
     accepts=("image",),
     tiny={"widths": (4, 8)},
+    small=("small-cnn",),
 )
 
 
 @final
-class SmallCNN(nn.Module):
+class SmallCNN(Headed):
     """conv3x3 - BN - ReLU - 2x2 max-pool for each of ``widths``, global average pooling, a linear head.
 
     The image's shorter side must be at least ``2 ** len(widths)`` pixels.
@@ -29,29 +32,22 @@ class SmallCNN(nn.Module):
     def __init__(self, num_classes: int = 10, in_chans: int = 1, widths: Sequence[int] = (16, 32, 64)) -> None:
         super().__init__()
         self.num_classes, self.num_features, self.in_chans = num_classes, widths[-1], in_chans
+        self.side = 2 ** len(widths)
         layers: list[nn.Module] = []
         for a, b in zip([in_chans, *widths], widths, strict=False):
             layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(widths[-1], num_classes)
+        self.feature_info = maps(*((f"features.{4 * i + 2}", width, 2**i) for i, width in enumerate(widths)))
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """The last feature map."""
+        """The last feature map. Raises Mistake where the image cannot be halved so often."""
+        if min(x.shape[-2:]) < self.side:
+            raise Mistake(
+                f"small-cnn: {x.shape[-2]}x{x.shape[-1]} pixels cannot be halved {len(self.feature_info)} times; use --size {self.side} or fewer widths"
+            )
         return self.features(x)
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """Pooled features [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with pooled features."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """Pooled features."""
+        return features.mean((2, 3))

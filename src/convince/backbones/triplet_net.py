@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.layers.head import Headed, maps
 from convince.parts import Card
 
 CARD = Card(
@@ -24,11 +25,12 @@ CARD = Card(
         "images smaller than 32 pixels are padded by the first convolution up to 32; of larger ones the last map is averaged",
         "a linear head stands after the embedding, so that the net can also classify; the part triplet-network leaves it idle",
     ),
+    small=("triplet-net",),
 )
 
 
 @final
-class TripletNet(nn.Module):
+class TripletNet(Headed):
     """conv5 - ReLU - pool - dropout, (conv3 - ReLU - pool - dropout) x 2, conv2 - ReLU; ``widths`` channels.
 
     505,088 parameters without the head for colour images; sides 32-28-14-12-6-4-2-1. Dropout is 0.25.
@@ -56,24 +58,12 @@ class TripletNet(nn.Module):
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, d
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(d, num_classes) if num_classes else nn.Identity()
+        self.feature_info = maps(("features.1", a, 1), ("features.5", b, 2), ("features.9", c, 4), ("features.13", d, 8))
 
     def forward_features(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """The last feature map; 1 x 1 for 32 pixels."""
         return self.features(x)
 
-    def forward_head(self, x: Float[Tensor, "n d i j"], pre_logits: bool = False) -> Tensor:
-        """The embedding [n d], or the scores [n k]."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for ``num_classes``; 0 makes the network answer with the embedding."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+    def pool(self, features: Float[Tensor, "n d i j"]) -> Float[Tensor, "n e"]:
+        """The embedding."""
+        return features.mean((2, 3))

@@ -93,7 +93,7 @@ class Subject:
         """Two epochs of four steps on one thread's worth of images, fp32."""
         return settings(
             **{
-                "model": TABLE_MODEL if self.table else MODEL,
+                "model": TABLE_MODEL if self.table else self.card.host or MODEL,
                 "batch": 8,
                 "epochs": 2,
                 "lr": 0.05,

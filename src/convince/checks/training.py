@@ -11,6 +11,7 @@ from convince.checks import Nothing
 from convince.checks.subject import Subject, bits, equal
 from convince.fit.folder import open_run, write_config, write_model
 from convince.fit.loop import fit
+from convince.fit.run import must_survive
 from convince.fit.state import named
 from convince.parts import spell
 
@@ -93,8 +94,8 @@ def check_every_parameter_gets_a_gradient(s: Subject) -> None:
 
 
 def check_old_names_survive(s: Subject) -> None:
-    """Parameters of the plain network keep their names, so stored weights still fit."""
-    lost = {n for n, _ in s.baseline.model.named_parameters()} - {n for n, _ in s.trained.model.named_parameters()}
+    """Parameters of the plain network keep their names, so stored weights still fit; less those that a layer says it swaps."""
+    lost = must_survive(s.baseline.model, s.card.swaps) - {n for n, _ in s.trained.model.named_parameters()}
     assert not lost, f"the parameter {sorted(lost)[0]!r} was renamed or removed"
 
 

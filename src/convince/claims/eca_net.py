@@ -51,7 +51,7 @@ class RandomGates(Technique):
 
     def on_start(self, run: Run) -> None:
         gen = generator(run.seed, "random-gates")
-        eca.attach(run.model, "gate", lambda end: FixedGate(end.channels, gen))
+        eca.gate(run.model, "gate", lambda end: FixedGate(end.channels, gen))
 
 
 def measure(bench: Bench) -> None:

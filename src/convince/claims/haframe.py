@@ -18,7 +18,7 @@ from convince.fit.settings import settings
 from convince.fit.technique import Seat, Team, Technique
 from convince.fit.train import prepare
 from convince.fit.weights import edit_by_name
-from convince.layers.eca import Gate
+from convince.layers.surgery import Behind
 from convince.losses.haframe import CARD, HAFrame, Transformation, Tree, hierarchical_distance_at, hierarchy_distance, linear_head, mistake_severity, read_tree
 
 SAYS = "With a frame whose cosines mirror the class tree, wrong answers lie nearer to the truth in the tree than with a learned head, at the same accuracy."
@@ -51,7 +51,7 @@ class LearnedHead(Technique):
         _, head = linear_head(model)
         child = nn.Sequential(OrderedDict(transformation=Transformation(k), frame=nn.Linear(k, k, bias=False)))
         head.add_module("haframe", child.to(head.weight))
-        head.register_forward_hook(Gate("haframe"))
+        head.register_forward_hook(Behind("haframe"))
 
 
 def measure(bench: Bench) -> None:

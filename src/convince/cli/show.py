@@ -20,13 +20,13 @@ def command(part: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from convince import parts
-    from convince.backbones import _find
+    from convince.backbones import named
 
     try:
         found = parts.get(part)
     except parts.Mistake as mistake:
         try:
-            found, _ = _find(part)
+            found = named(part)[0]
         except parts.Mistake:
             raise mistake from None
     card = found.card

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from convince import parts
-from convince.backbones import builder
+from convince.backbones import builder, part_of
 from convince.data import Data, MemoryStore, Preprocess
 from convince.errors import Mistake
 from convince.fit import precision
@@ -36,13 +36,19 @@ def write_config(folder: Path, settings: Settings) -> None:
     write_atomic(folder / "config.yaml", settings.to_yaml())
     if not (folder / "environment.json").exists():
         write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-    for spec in settings.parts:
-        part = parts.get(parts.parse(spec)[0])
-        if part.own:
-            (folder / "parts").mkdir(exist_ok=True)
-            copy = folder / "parts" / part.path.name
-            if copy.resolve() != part.path.resolve():
-                shutil.copyfile(part.path, copy)
+    for part in own_parts(settings):
+        (folder / "parts").mkdir(exist_ok=True)
+        copy = folder / "parts" / part.path.name
+        if copy.resolve() != part.path.resolve():
+            shutil.copyfile(part.path, copy)
+
+
+def own_parts(settings: Settings) -> list[parts.Part]:
+    """The parts of a person's own that these settings name, the network's among them."""
+    named = [parts.get(parts.parse(spec)[0]) for spec in settings.parts]
+    if settings.model is not None and (network := part_of(settings.model)) is not None:
+        named.append(network)
+    return [part for part in named if part.own]
 
 
 def environment() -> dict[str, Any]:
@@ -75,11 +81,7 @@ def write_model(folder: Path, run: Run) -> None:
     write_atomic(folder / "model.safetensors", save(tensors, metadata={"format": str(FORMAT)}))
     states = {seat.name: seat.technique.state() for seat in run.team.seats}
     write_tree(folder / "parts.safetensors", {name: state for name, state in states.items() if state})
-    own = {}
-    for made in run.team.seats:
-        part = parts.get(made.name)
-        if part.own:
-            own[made.name] = {"file": f"parts/{part.path.name}", "sha256": _sha256(part.path)}
+    own = {part.name: {"file": f"parts/{part.path.name}", "sha256": _sha256(part.path)} for part in own_parts(run.settings)}
     structure = {
         "format": FORMAT,
         "model": run.settings.model,
@@ -182,7 +184,8 @@ def _trust(folder: Path, own: dict[str, dict[str, str]], trust: bool) -> None:
         copy = (folder / entry["file"]).resolve()
         if not copy.is_relative_to(folder.resolve()) or not copy.is_file() or _sha256(copy) != entry["sha256"]:
             raise Mistake(f"{folder}: the part {name!r} is not the file this run was made with; pass the original with --parts")
-        if not trust:
+        found = parts.read(copy)
+        if not trust and not (isinstance(found, parts.Part) and found.card.of is not None):  # a card that is data alone runs nothing
             raise Mistake(f"{folder}: uses the part {name!r} from {copy}, which is code; read it, then pass --trust")
         parts.add_path(copy)
 

@@ -205,10 +205,10 @@ class Run:
     def edit(self, part: str, **spec: Any) -> None:
         """Change the network's shape by that part's ``rebuild(model, **spec)``; stored, and replayed on load.
 
-        Names of existing parameters must survive. New weights are seeded by (seed, name).
+        Names of existing parameters must survive, less those of the types that the part's card ``swaps``. New weights are seeded by (seed, name).
         """
         before = {name: _shape_of(m) for name, m in self.model.named_modules()}
-        names = {name for name, _ in self.model.named_parameters()}
+        names = must_survive(self.model, parts.get(part).card.swaps)
         self.replay({"part": part, "spec": spec})
         lost = names - {name for name, _ in self.model.named_parameters()}
         if lost:
@@ -246,6 +246,12 @@ def rebuilder(part: str) -> Callable[..., None]:
     if found.card.kind == "layer":
         return found.module().install
     return found.load().rebuild
+
+
+def must_survive(model: nn.Module, swaps: tuple[str, ...]) -> set[str]:
+    """Names of parameters that an edit must keep: those that stand in no module of a type named in ``swaps``."""
+    swapped = [name + "." for name, m in model.named_modules() if {c.__name__ for c in type(m).__mro__} & set(swaps)]
+    return {name for name, _ in model.named_parameters() if not name.startswith(tuple(swapped))}
 
 
 def _shape_of(module: nn.Module) -> tuple:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from convince.errors import Mistake
+from convince.layers.places import channels, residual_blocks
+from convince.layers.surgery import Surgery, attach, refuse_nothing
 from convince.parts import Card
 
 CARD = Card(
@@ -90,87 +91,31 @@ class Eca(nn.Module):
 
 # -- where a gate goes -----------------------------------------------------------------------------
 
-_ADDITION = ("downsample", "shortcut", "use_res_connect", "has_skip")  # what blocks with an addition have: torchvision's, timm's and ours
-_SIDEWAYS = ("downsample", "shortcut")  # the branch that carries the input on
-
 
 @dataclass(frozen=True)
 class End:
-    """The last normalisation layer of a residual branch: its name, its stage from 0, itself."""
+    """The last normalisation layer of a residual branch, where a gate goes: its name, its stage from 0, its channels, itself."""
 
     name: str
     stage: int
+    channels: int
     norm: nn.Module
-
-    @property
-    def channels(self) -> int:
-        """The width of the branch."""
-        return self.norm.num_channels if isinstance(self.norm, nn.GroupNorm) else self.norm.num_features  # type: ignore[return-value]
 
 
 def residual_ends(model: nn.Module) -> list[End]:
-    """Where each residual branch ends, before the addition, in order; an empty list where there is none.
-
-    A block is known by an attribute that only blocks with an addition have (``downsample``, ``shortcut``,
-    ``use_res_connect``, ``has_skip``): basic and bottleneck blocks, inverted residuals. Blocks whose addition a stride
-    switches off count as well, as in the paper's MobileNetV2; pre-activation blocks, which end in a convolution, do not.
-    A stage is a run of blocks in one container with one width.
-    """
-    blocks = {name + "." if name else "": m for name, m in model.named_modules() if any(hasattr(m, word) for word in _ADDITION)}
-    ends: list[End] = []
-    last: tuple[str, int] | None = None
-    for prefix, block in blocks.items():
-        if any(other != prefix and other.startswith(prefix) for other in blocks):
-            continue  # a stage around blocks, not a block
-        norms = [(n, m) for n, m in block.named_modules() if isinstance(m, (_BatchNorm, nn.GroupNorm)) and n.split(".")[0] not in _SIDEWAYS]
-        if norms and not _convolves_after(block, norms[-1][1]):
-            end = End(prefix + norms[-1][0], 0, norms[-1][1])
-            place = prefix.rstrip(".").rpartition(".")[0], end.channels
-            stage = 0 if not ends else ends[-1].stage + (place != last)
-            ends.append(replace(end, stage=stage))
-            last = place
-    return ends
+    """Where each residual branch ends, before the addition, in order; pre-activation blocks, which end in a convolution, have none."""
+    return [End(block.end[0], block.stage, channels(block.end[1]), block.end[1]) for block in residual_blocks(model) if block.end is not None]
 
 
-def _convolves_after(block: nn.Module, norm: nn.Module) -> bool:
-    """True where a convolution stands in the block behind ``norm``."""
-    children = [child for name, child in block.named_children() if name not in _SIDEWAYS]
-    after = children[children.index(norm) + 1 :] if norm in children else []
-    return any(isinstance(child, nn.Conv2d) for child in after)
+def gate(model: nn.Module, part: str, make: Callable[[End], nn.Module]) -> Surgery:
+    """Put ``make(end)`` behind the norm at each residual branch's end, as its child ``part``. Raises Mistake where there is no such branch."""
+    ends = {end.name: end for end in residual_ends(model)}
+    refuse_nothing(ends, model, part, "residual blocks with normalisation", "choose a residual network such as resnet20")
+    return attach(model, part, [(name, end.norm) for name, end in ends.items()], lambda name, norm: make(ends[name]))
 
 
-class Gate:
-    """A forward hook that hands a module's output to its own child ``name``: copied with the module, traced by export."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return getattr(module, self.name)(output)
-
-
-def attach(model: nn.Module, part: str, make: Callable[[End], nn.Module]) -> int:
-    """Add ``make(end)`` as the child ``part`` of the layer at each residual branch's end; returns the added parameters.
-
-    Names of what exists stay. Raises Mistake, before anything is changed, where the network has no residual blocks or
-    has this gate already.
-    """
-    ends = residual_ends(model)
-    if not ends:
-        raise Mistake(f"{part}: {type(model).__name__} has no residual blocks with normalisation; choose a residual network such as resnet20, or leave it out")
-    for end in ends:
-        if hasattr(end.norm, part):
-            raise Mistake(f"{part}: {end.name} has this gate already; install it once")
-    made = [make(end) for end in ends]
-    for end, gate in zip(ends, made, strict=True):
-        like = next((p for p in end.norm.parameters() if p.is_floating_point()), None)
-        end.norm.add_module(part, gate if like is None else gate.to(device=like.device, dtype=like.dtype))
-        end.norm.register_forward_hook(Gate(part))
-    return sum(p.numel() for gate in made for p in gate.parameters())
-
-
-def install(model: nn.Module, k: int | str | Sequence[int] = "adaptive", gamma: float = 2, b: float = 1) -> int:
-    """Gate each residual branch of ``model`` before its addition, in place; returns the number of added parameters.
+def install(model: nn.Module, k: int | str | Sequence[int] = "adaptive", gamma: float = 2, b: float = 1) -> Surgery:
+    """Gate each residual branch of ``model`` before its addition, in place.
 
     ``k``: "adaptive" by width, one odd number, or one for each stage (:data:`RELEASED`). Existing parameter names stay;
     the new ones are called ``layer1.0.bn2.eca.conv.weight``. Raises Mistake for a network without residual blocks.
@@ -179,7 +124,7 @@ def install(model: nn.Module, k: int | str | Sequence[int] = "adaptive", gamma: 
         count = len({end.stage for end in residual_ends(model)})
         if count and len(k) != count:
             raise Mistake(f"eca: k={tuple(k)} names {len(k)} stages, and {type(model).__name__} has {count}; give one odd number for each, or k='adaptive'")
-    return attach(model, "eca", lambda end: Eca(end.channels, k[end.stage] if isinstance(k, (tuple, list)) else k, gamma, b))  # type: ignore[arg-type]
+    return gate(model, "eca", lambda end: Eca(end.channels, k[end.stage] if isinstance(k, (tuple, list)) else k, gamma, b))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

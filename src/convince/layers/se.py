@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convince.errors import Mistake
-from convince.layers.eca import attach
+from convince.layers.eca import gate
+from convince.layers.surgery import Surgery
 from convince.parts import Card
 
 CARD = Card(
@@ -51,10 +52,10 @@ class Se(nn.Module):
         return x * self.excite(x.mean((2, 3), keepdim=True)).sigmoid()
 
 
-def install(model: nn.Module, r: int = 16, form: str = "bottleneck") -> int:
-    """Gate each residual branch of ``model`` before its addition, in place; returns the number of added parameters.
+def install(model: nn.Module, r: int = 16, form: str = "bottleneck") -> Surgery:
+    """Gate each residual branch of ``model`` before its addition, in place.
 
     Existing parameter names stay; the new ones are called ``layer1.0.bn2.se.excite.0.weight``. Raises Mistake for a
     network without residual blocks.
     """
-    return attach(model, "se", lambda end: Se(end.channels, r, form))
+    return gate(model, "se", lambda end: Se(end.channels, r, form))

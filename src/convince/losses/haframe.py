@@ -20,7 +20,7 @@ from convince.errors import Mistake, nearest
 from convince.fit.precision import full
 from convince.fit.run import Run
 from convince.fit.technique import Technique
-from convince.layers.eca import Gate
+from convince.layers.surgery import Behind
 from convince.parts import Card
 from convince.types import Batch, Out
 
@@ -318,7 +318,7 @@ class HAFrame(Technique):
         frame = haframe(similarity_from_distance(distance, gamma, find_s_min(distance, gamma, spec.get("exact", False))), k)
         child = nn.Sequential(OrderedDict(transformation=Transformation(k), frame=HAFrameHead(frame)))
         head.add_module("haframe", child.to(device=head.weight.device, dtype=head.weight.dtype))
-        head.register_forward_hook(Gate("haframe"))
+        head.register_forward_hook(Behind("haframe"))
 
 
 def linear_head(model: nn.Module) -> tuple[str, nn.Linear]:

@@ -240,13 +240,12 @@ def ablate(
     ``epochs``, ``parts``); ``settings`` hold for all. A row has its combination, "accuracy" (mean on the test part), "sd"
     (nan for one seed), "parameters" and "n".
     """
-    from convince.backbones import card_of
+    from convince.backbones import part_of
     from convince.fit.settings import settings as make
     from convince.fit.train import train
-    from convince.parts import get
 
-    card = card_of(model)
-    options = get(card.part).options() if card is not None else {}
+    part = part_of(model)
+    options = part.options() if part is not None else {}
     for key in grid:
         if key not in options and key not in Settings.model_fields:
             raise Mistake(f"ablate: no option of {model} and no setting is named {key!r}{nearest(key, [*options, *Settings.model_fields])}")
