@@ -53,9 +53,10 @@ class Card:
     the run must have (``images``, ``labels``, ``logits``, and ``network``: the one of --model answers); ``tiny`` are arguments for tests
     (a fit of at most 0.15 s on one core); ``idle`` are parameters that rightly get no gradient.
 
-    Of networks: ``variants`` are named sizes and their options; ``small`` those for pictures of 28 to 64 pixels; ``published``
+    Of networks: ``variants`` are named sizes and their options; ``small`` those for pictures of 28 to 64 pixels. ``published``
     says of a size ``{"size": pixels, "classes": k, "parameters": n, "macs": n}`` as the paper or its released code has it, and
-    ``"why"`` where ours differs by more than 1 %. A card with ``of`` is data alone: further sizes of another part's network.
+    ``"why"`` where ours differs by more than 1 %. ``optimizer`` trains the network where a person names none. A card with ``of``
+    is data alone: further sizes of another part's network.
 
     Of layers: ``host`` is a network that the checks put it into (None: a small ResNet); ``swaps`` are the types whose
     parameters it replaces; ``unchanged`` says that a network computes what it did when the layer is put in.
@@ -83,6 +84,7 @@ class Card:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     small: tuple[str, ...] = ()
     published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optimizer: str | None = None
     of: str | None = None
     host: str | None = None
     swaps: tuple[str, ...] = ()

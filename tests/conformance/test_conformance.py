@@ -1,12 +1,16 @@
 """One test: every part that can be found, times the checks of its kind. Checks of one part share its fits."""
 
 import functools
+import os
 
 import pytest
 
-from convince.checks import checks_of, run_check
+from convince.checks import backbone, checks_of, run_check
 from convince.checks.subject import Subject
 from convince.parts import Broken, Part, find
+
+if os.environ.get("CONVINCE_ALL_PAIRS"):  # CI builds larger networks in memory
+    backbone.IN_MEMORY = 100_000_000
 
 PARTS = {row.name: row for row in find() if isinstance(row, Part)}
 

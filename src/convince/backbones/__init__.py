@@ -32,7 +32,7 @@ def named(spec: str) -> tuple[parts.Part, str, dict[str, Any]]:
                 if parts.plain(name) == wanted:
                     return row, name, options
     known = names()
-    raise Mistake(f"--model {spec}: no network of that name{nearest(parts.parse(spec)[0], known)} 'convince models' lists all {len(known)}; or timm/NAME")
+    raise Mistake(f"--model {spec}: no network of that name{nearest(parts.parse(spec)[0], known, 3)} 'convince models' lists all {len(known)}; or timm/NAME")
 
 
 def input_size(spec: str) -> tuple[int, int]:

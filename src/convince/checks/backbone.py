@@ -14,7 +14,7 @@ from convince.fit.weights import build_by_name
 from convince.models.counting import Counts, count_named
 from convince.parts import spell
 
-IN_MEMORY = 40_000_000  # sizes with more parameters than this are built on the meta device and counted
+IN_MEMORY = 20_000_000  # sizes with more parameters than this are built on the meta device and counted
 GAP = 0.01  # between our counts and the published ones, where no reason is given
 
 
@@ -158,7 +158,7 @@ def _as_small_as_it_takes(s: Subject, name: str) -> tuple[nn.Module, torch.Tenso
 
 
 def check_sizes_conform(s: Subject) -> None:
-    """Every size of at most 40 million parameters, built in memory: timm's interface, and a gradient for every weight."""
+    """Every size of at most 20 million parameters, built in memory: timm's interface, and a gradient for every weight."""
     for name, counts in _sizes(s).items():
         if counts.parameters > IN_MEMORY:
             continue

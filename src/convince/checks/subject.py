@@ -99,6 +99,7 @@ class Subject:
                 "lr": 0.05,
                 "precision": "fp32",
                 "augment": "none",
+                "kernels": {},
                 "checkpoint_seconds": 0,
                 **changes,
             }

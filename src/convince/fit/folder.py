@@ -147,7 +147,7 @@ def open_run(folder: str | Path, *, trust: bool = False) -> Loaded:
         seats = [seat(spec) for spec in structure["parts"]]
         wanted = [word for made in seats for word in made.card.expects]  # it was trained, so all was there
         team = Team(seats, gives=tuple(wanted))
-        plan = precision.choose(settings.precision, preprocess.kind)
+        plan = precision.choose(settings.precision, preprocess.kind, settings.kernels)
         build = builder(structure["model"], num_classes=data.k, in_chans=preprocess.channels, size=preprocess.size)
         run = Run(settings, data, team, build, plan)
         with preserved():

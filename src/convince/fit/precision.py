@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convince.errors import Mistake
+from convince.fit import kernels
 
 PRECISIONS = ("auto", "bf16", "fp32", "fp64")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``precision`` of the forward pass, ``channels_last`` for image tensors, and where they live."""
+    """``precision`` of the forward pass, ``channels_last`` for image tensors, where they live, and ways for some convolutions."""
 
     device: str
     precision: str
     channels_last: bool
     reason: str
+    kernels: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,8 +38,9 @@ class Plan:
         return torch.autocast(self.device, torch.bfloat16)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a network to the device, dtype and layout."""
+        """Move a network to the device, dtype and layout, its depthwise and grouped convolutions in the chosen ways."""
         model = model.to(device=self.device, dtype=self.dtype)
+        kernels.install(model, self.kernels)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -63,8 +67,8 @@ def hardware() -> dict[str, Any]:
     return facts
 
 
-def choose(precision: str = "auto", kind: str = "image") -> Plan:
-    """The plan for this machine. ``kind`` "table" stays in fp32: its layers are too small to gain."""
+def choose(precision: str = "auto", kind: str = "image", ways: Mapping[str, tuple[str, str]] | None = None) -> Plan:
+    """The plan for this machine. ``kind`` "table" stays in fp32: its layers are too small to gain. ``ways``: of :mod:`convince.fit.kernels`."""
     if precision not in PRECISIONS:
         raise Mistake(f"--precision {precision}: must be one of {', '.join(PRECISIONS)}")
     have = hardware()
@@ -80,7 +84,7 @@ def choose(precision: str = "auto", kind: str = "image") -> Plan:
             precision, reason = "fp32", f"{have['cpu_capability']} has no bf16 units"
     else:
         reason = "asked for"
-    return Plan(device, precision, channels_last=kind == "image", reason=reason)
+    return Plan(device, precision, channels_last=kind == "image", reason=reason, kernels=ways or {})
 
 
 def full(x: Tensor) -> Tensor:

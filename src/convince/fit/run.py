@@ -208,7 +208,7 @@ class Run:
         Names of existing parameters must survive, less those of the types that the part's card ``swaps``. New weights are seeded by (seed, name).
         """
         before = {name: _shape_of(m) for name, m in self.model.named_modules()}
-        names = must_survive(self.model, parts.get(part).card.swaps)
+        names = must_survive(self.model, swaps_of(part))
         self.replay({"part": part, "spec": spec})
         lost = names - {name for name, _ in self.model.named_parameters()}
         if lost:
@@ -246,6 +246,11 @@ def rebuilder(part: str) -> Callable[..., None]:
     if found.card.kind == "layer":
         return found.module().install
     return found.load().rebuild
+
+
+def swaps_of(part: str) -> tuple[str, ...]:
+    """The types of modules that a part takes the place of, as its card says."""
+    return next((row.card.swaps for row in parts.find() if isinstance(row, parts.Part) and row.name == part), ())
 
 
 def must_survive(model: nn.Module, swaps: tuple[str, ...]) -> set[str]:

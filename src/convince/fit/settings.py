@@ -16,7 +16,8 @@ class Settings(BaseModel):
 
     ``start`` is a run whose weights the network begins with, where names and shapes agree; ``pretrain_only`` ends
     before the main stage. ``lr`` None is the optimiser's own; ``steps`` of the main stage override ``epochs``; ``schedule``
-    is the factor of the learning rate over a stage; ``checkpoint_seconds`` is the longest work lost.
+    is the factor of the learning rate over a stage; ``kernels`` are ways to compute depthwise and grouped convolutions
+    (training, inference; see ``fit/kernels.py``); ``checkpoint_seconds`` is the longest work lost.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +42,7 @@ class Settings(BaseModel):
     test: float = Field(0.2, ge=0, lt=1)
     group: str | None = None
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    kernels: dict[str, tuple[str, str]] | None = None
     seed: int = Field(0, ge=0)
     workers: int = Field(0, ge=0)
     strict: bool = False

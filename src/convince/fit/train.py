@@ -10,16 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from convince.backbones import builder
+from convince import parts
+from convince.backbones import builder, part_of
 from convince.data import Data
 from convince.errors import Mistake
 from convince.fit import folder as disk
-from convince.fit import precision, processes
+from convince.fit import kernels, precision, processes
 from convince.fit.adapters import is_off, seat
 from convince.fit.answer import Scores
 from convince.fit.loop import Progress, fit
+from convince.fit.randomness import preserved
 from convince.fit.record import Record
 from convince.fit.run import Run
 from convince.fit.settings import Settings
@@ -94,10 +97,33 @@ def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
         if image:
             notes.append(f"augment {kind}: {'colour images are mirrored and shifted' if kind == 'flip-crop' else 'grey images are shifted, not mirrored'}")
     augment = changes.get("augment", settings.augment)
+    model = str(changes.get("model", settings.model))
+    network = part_of(model)
     named = [spec.split(":")[0] for spec in settings.parts]
+    usual = None if network is None else network.card.optimizer
+    if usual is not None and settings.lr is None and not any("optimizer" in parts.get(name).card.claims for name in named):
+        changes["parts"] = (*settings.parts, usual)
+        notes.append(f"optimizer {usual}: what {model} is usually trained with; --lr or another optimizer replaces it")
     if augment != "none" and image and "flip-crop" not in named:
-        changes["parts"] = (*settings.parts, "flip-crop" if augment == "flip-crop" else "flip-crop:flip=0.0")
-    return settings.updated(**changes), notes
+        changes["parts"] = (*changes.get("parts", settings.parts), "flip-crop" if augment == "flip-crop" else "flip-crop:flip=0.0")
+    settings = settings.updated(**changes)
+    if settings.kernels is None:
+        settings = settings.updated(kernels=ways(settings, data))
+        notes += [f"{kind} convolutions: {train} in training, {infer} in inference, measured here" for kind, (train, infer) in (settings.kernels or {}).items()]
+    return settings, notes
+
+
+def ways(settings: Settings, data: Data) -> dict[str, tuple[str, str]]:
+    """How the network's depthwise and grouped convolutions are computed fastest here; all kinds where a layer may bring some."""
+    plan = precision.choose(settings.precision, data.preprocess.kind)
+    if plan.device != "cpu" or settings.model is None:
+        return {}
+    if any(parts.get(parts.parse(spec)[0]).card.kind == "layer" for spec in settings.parts):
+        return kernels.choose(plan.precision, plan.channels_last)
+    build = builder(settings.model, num_classes=data.k, in_chans=data.preprocess.channels, size=data.preprocess.size)
+    with preserved(), torch.device("meta"):
+        found = kernels.kinds_in(build())
+    return kernels.choose(plan.precision, plan.channels_last, found)
 
 
 def default_model(kind: str, side: int, n: int) -> str:
@@ -121,7 +147,7 @@ def prepare(settings: Settings, data: Data, *, record: Record | None = None, dro
         gives.append("labels")
     gives += list(data.extra)
     team = Team([made for made in seats if not (drop_off and is_off(made))], gives=tuple(gives))
-    plan = precision.choose(settings.precision, data.preprocess.kind)
+    plan = precision.choose(settings.precision, data.preprocess.kind, settings.kernels)
     build = builder(settings.model, num_classes=data.k, in_chans=data.preprocess.channels, size=data.preprocess.size)
     run = Run(settings, data, team, build, plan, processes.world(), record)
     run.child = lambda spec: prepare(settings.updated(**{"parts": (), **spec.settings}), data, drop_off=drop_off)
