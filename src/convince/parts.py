@@ -277,6 +277,8 @@ def add_path(path: str | Path) -> None:
     if path not in _own:
         _own.append(path)
         find.cache_clear()
+        if (in_timm := sys.modules.get("convince.backbones.in_timm")) is not None:
+            in_timm.watch()
 
 
 def _files() -> Iterator[Path]:

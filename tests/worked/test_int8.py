@@ -210,7 +210,7 @@ def test_every_sum_of_a_resnet_is_quantised() -> None:
     found = q.layout(ResNet(layers=(1, 1), widths=(4, 8)), torch.zeros(2, 3, 8, 8))
     assert found.layers[:2] == [("conv1", "bn1"), ("layer1.0.conv1", "layer1.0.bn1")]
     assert ("layer2.0.downsample.0", "layer2.0.downsample.1") in found.layers
-    assert {"layer1.0", "layer1.0.bn2", "layer2.0", "layer2.0.bn2", "layer2.0.downsample.1"} <= set(found.outputs)
+    assert {"layer1.0.act2", "layer1.0.bn2", "layer2.0.act2", "layer2.0.bn2", "layer2.0.downsample.1"} <= set(found.outputs)
     assert found.bare == 0
 
 

@@ -117,9 +117,9 @@ def test_layers_of_a_residual_network():
     found = [layer.modules for layer in layers_of(run, "tpsgd")]
     assert found == [
         ("conv1", "bn1", "relu", "maxpool"),
-        ("layer1.0.conv1", "layer1.0.bn1"),
+        ("layer1.0.conv1", "layer1.0.bn1", "layer1.0.act1"),
         ("layer1.0.conv2", "layer1.0.bn2"),
-        ("layer2.0.conv1", "layer2.0.bn1"),
+        ("layer2.0.conv1", "layer2.0.bn1", "layer2.0.act1"),
         ("layer2.0.conv2", "layer2.0.bn2"),
         ("layer2.0.downsample.0", "layer2.0.downsample.1"),
         ("fc",),

@@ -42,6 +42,15 @@ def input_size(spec: str) -> tuple[int, int]:
     return side, side
 
 
+def usual_optimizer(model: str, specs: tuple[str, ...], lr: float | None) -> str | None:
+    """The optimiser part that a network is usually trained with, where a person names neither one nor a learning rate."""
+    part = part_of(model)
+    if part is None or part.card.optimizer is None or lr is not None:
+        return None
+    owned = any("optimizer" in parts.get(parts.parse(spec)[0]).card.claims for spec in specs)
+    return None if owned else part.card.optimizer
+
+
 def builder(spec: str, *, num_classes: int, in_chans: int, size: tuple[int, ...]) -> Callable[[], nn.Module]:
     """A call that builds the network, random weights drawn from the global state.
 

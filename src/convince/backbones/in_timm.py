@@ -29,9 +29,7 @@ def register_all() -> None:
 def _entry(name: str) -> Any:
     """A function as timm registers it, which builds the network ``name``."""
 
-    def create(
-        pretrained: bool = False, num_classes: int = 1000, in_chans: int = 3, img_size: Any = None, features_only: bool = False, **options: Any
-    ) -> nn.Module:
+    def create(pretrained: bool = False, num_classes: int = 1000, in_chans: int = 3, img_size: Any = None, **options: Any) -> nn.Module:
         from convince.backbones import builder, input_size
         from convince.backbones.maps import FeatureMaps
 
@@ -80,8 +78,8 @@ class _WhenTimmComes(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """Register now where timm is imported already, else when it is."""
+    """Register now where timm is imported already, else when it is. Called again when a person's own parts become known."""
     if "timm" in sys.modules:
         register_all()
-    else:
+    elif not any(isinstance(finder, _WhenTimmComes) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenTimmComes())

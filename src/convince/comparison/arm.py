@@ -23,6 +23,7 @@ from convince.comparison import metrics
 from convince.data import Data, load
 from convince.data.split import in_shares
 from convince.errors import Mistake
+from convince.fit import kernels, precision
 from convince.fit.answer import Answer, score
 from convince.fit.folder import environment
 from convince.fit.loop import start
@@ -65,6 +66,9 @@ class Desk:
         """What the data are, and the settings of the baseline with every open choice made."""
         data = self.data(asked, samples)
         chosen, notes = resolve(asked, data)
+        if job.get("every_kernel") and asked.kernels is None and not torch.cuda.is_available():  # other networks have other convolutions
+            plan = precision.choose(chosen.precision, data.preprocess.kind)
+            chosen = chosen.updated(kernels=kernels.choose(plan.precision, plan.channels_last))
         return {
             "settings": chosen.model_dump(mode="json"),
             "notes": notes,

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from convince import parts
+from convince.backbones import usual_optimizer
 from convince.comparison import statistics
-from convince.comparison.change import Change, with_parts
+from convince.comparison.change import Change, kind_of, with_parts
 from convince.comparison.hands import Hands, Here, Job, Workers
 from convince.errors import Mistake
 from convince.types import Budget
@@ -141,7 +142,8 @@ class Planner:
         return str(self._one({"do": "open", "settings": settings})["digest"])
 
     def _open(self, settings: dict[str, Any]) -> dict[str, Any]:
-        facts = self._one({"do": "open", "settings": settings})
+        others = any(change.model is not None or any(kind_of(spec) == "layer" for spec in change.specs) for change in self.asked.changes)
+        facts = self._one({"do": "open", "settings": settings, "every_kernel": others})
         if not facts["rows"]["test"]:
             raise Mistake(f"{facts['origin']}: has no test part to compare on; give --test a share above 0")
         return facts
@@ -206,7 +208,9 @@ class Planner:
             length = {"epochs": max(1, round(asked.value)), "steps": None}
         elif asked is not None and asked.unit == "steps":
             length = {"steps": max(1, round(asked.value)), "epochs": math.ceil(asked.value / per_epoch(facts))}
-        return {**base, "parts": with_parts(tuple(base["parts"]), specs), "model": model or base["model"], "minutes": None, **length}
+        together = with_parts(tuple(base["parts"]), specs)
+        usual = None if model is None else usual_optimizer(model, together, base["lr"])
+        return {**base, "parts": (*together, usual) if usual else together, "model": model or base["model"], "minutes": None, **length}
 
     def _survey_all(self, facts: dict[str, Any], changes: list[Change]) -> dict[str, dict[str, Any]]:
         """A survey of every change that is trained, side by side; mistakes stay in the results."""
@@ -250,6 +254,8 @@ class Planner:
         if length != 1.0:
             steps = max(1, round((made["steps"] or int(made["epochs"]) * per_epoch(facts)) * length))
             made = {**made, "steps": steps, "epochs": math.ceil(steps / per_epoch(facts))}
+        if change.model is not None and (added := set(made["parts"]) - set(with_parts(tuple(facts["settings"]["parts"]), specs))):
+            note = f"{', '.join(added)}: what {change.model} is usually trained with; {change.text}+OPTIMIZER names another"
         return self._described(made, survey, length, base, note)
 
     def _described(self, made: dict[str, Any], survey: dict[str, Any], length: float, base: Arm | None, note: str) -> Arm:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from convince import parts
-from convince.backbones import builder, part_of
+from convince.backbones import builder, usual_optimizer
 from convince.data import Data
 from convince.errors import Mistake
 from convince.fit import folder as disk
@@ -98,10 +98,8 @@ def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
             notes.append(f"augment {kind}: {'colour images are mirrored and shifted' if kind == 'flip-crop' else 'grey images are shifted, not mirrored'}")
     augment = changes.get("augment", settings.augment)
     model = str(changes.get("model", settings.model))
-    network = part_of(model)
     named = [spec.split(":")[0] for spec in settings.parts]
-    usual = None if network is None else network.card.optimizer
-    if usual is not None and settings.lr is None and not any("optimizer" in parts.get(name).card.claims for name in named):
+    if (usual := usual_optimizer(model, settings.parts, settings.lr)) is not None:
         changes["parts"] = (*settings.parts, usual)
         notes.append(f"optimizer {usual}: what {model} is usually trained with; --lr or another optimizer replaces it")
     if augment != "none" and image and "flip-crop" not in named:
