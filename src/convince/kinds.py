@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,10 @@ from torch import Generator, Tensor, nn
 
 from convince.errors import Mistake
 from convince.types import Budget, Explanation, Reading, Schema
+
+if TYPE_CHECKING:
+    from convince.search.lab import Lab
+    from convince.search.space import Space
 
 Norm = Literal["2", "inf"]
 
@@ -195,3 +199,26 @@ class Study(abc.ABC):
     @abc.abstractmethod
     def run(self, budget: Budget) -> dict[str, Any]:
         """Run it and return what the evidence file holds."""
+
+
+class Search(abc.ABC):
+    """Looks for a network inside a budget; ``convince search`` sets a random search of the same budget beside it.
+
+    ``network`` is the backbone part whose options are looked for; ``trial_epochs`` is how long a candidate is trained, here and
+    in the random search. The lab gives the data without their test part, counts images, and keeps results.
+    """
+
+    network: ClassVar[str]
+    trial_epochs: int
+
+    @abc.abstractmethod
+    def space(self, data: Any) -> Space:
+        """The choices for networks on this data."""
+
+    @abc.abstractmethod
+    def find(self, lab: Lab) -> dict[str, Any]:
+        """Options of the network, JSON values; all that is trained or looked at is charged to the lab."""
+
+    def notes(self) -> dict[str, Any]:
+        """Numbers beside the find, JSON values: a score, a bound, a rank correlation."""
+        return {}

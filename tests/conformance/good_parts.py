@@ -363,6 +363,39 @@ class CountRows(Study):
         return {"rows": 48}
 '''
 
+SEARCH = '''"""Try some: the best of a few widths, each trained a little."""
+from dataclasses import dataclass
+import torch
+from convince.kinds import Search
+from convince.parts import Card
+from convince.search.space import Space
+
+CARD = Card(
+    part="try-some",
+    kind="search",
+    title="Try some",
+)
+
+
+@dataclass
+class TrySome(Search):
+    """Trains small networks of random widths."""
+
+    trial_epochs: int = 1
+    network = "small-cnn"
+
+    def space(self, data):
+        return Space({"first": (2, 3, 4, 5, 6), "second": (4, 6, 8, 10)}, lambda genes: {"widths": [genes["first"], genes["second"]]})
+
+    def find(self, lab):
+        space = self.space(lab.data)
+        for genes in space.draws(lab.seed):
+            if not lab.afford(lab.of_training(self.trial_epochs)):
+                break
+            lab.train(space.options(genes), self.trial_epochs)
+        return lab.best()
+'''
+
 GOOD = {
     "technique": TECHNIQUE,
     "loss": LOSS,
@@ -376,4 +409,5 @@ GOOD = {
     "probe": PROBE,
     "recipe": RECIPE,
     "study": STUDY,
+    "search": SEARCH,
 }

@@ -73,6 +73,13 @@ BROKEN = {
     ("recipe", "schema names its fields"): (', Field("label", "the height of the bar")', ","),
     ("recipe", "sample repeats"): ("return tiny_images()", "import dataclasses\n        d = tiny_images()\n        return dataclasses.replace(d, y=d.y[torch.randperm(48, generator=NOISE)])"),
     ("recipe", "sample trains"): ('"lr": 0.01', '"lr": -1'),
+    ("search", "search stays in its budget"): ("return lab.best()", "lab.spent = 2 * lab.budget\n        return lab.best()"),
+    ("search", "search finds a network"): ("return lab.best()", "return {'widths': (4, 8)}"),
+    ("search", "search repeats"): ("return lab.best()", "return {'widths': [2 + int(torch.randint(9, ())), 4]}"),
+    ("search", "search goes on where it stopped"): ("return lab.best()", "lab.worked += 1\n        return lab.best()"),
+    ("search", "random search stands beside"): ('lambda genes: {"widths": [genes["first"], genes["second"]]}', 'lambda genes: {"widthy": [genes["first"]]}'),
+    ("search", "test part is never seen"): ("return lab.best()", "lab.data.split = DATA.split\n        return lab.best()"),
+    ("search", "find is a card"): ("return lab.best()", "return {'widths': float('inf')}"),
     ("study", "study runs at a tiny budget"): ('{"rows": 48}', '{"rows": "many"}'),
 }  # fmt: skip
 
@@ -138,6 +145,8 @@ def test_a_broken_part_fails_its_check(kind, check, written):
     source = GOOD[kind].replace(old, new)
     if "NOISE" in new or "Scaled" in new:
         source = source.replace("\n\n\n@dataclass", EXTRAS + "\n\n@dataclass", 1)
+    if "DATA" in new:
+        source = source.replace("\n\n\n@dataclass", "\n\n\nfrom convince.checks.subject import tiny_images\nDATA = tiny_images()\n\n\n@dataclass", 1)
     if "Held" in new:
         source = source.replace("\n\n\ndef install", HELD + "\n\ndef install", 1)
     if "self.tick" in new:

@@ -43,6 +43,7 @@ def checks_of(kind: str) -> dict[str, Callable[[Subject], None]]:
         predictor,
         probe,
         recipe,
+        search,
         study,
         training,
     )
@@ -61,6 +62,7 @@ def checks_of(kind: str) -> dict[str, Callable[[Subject], None]]:
         "probe": [probe],
         "recipe": [recipe],
         "study": [study],
+        "search": [search],
     }
     found = {}
     for module in [common, *own.get(kind, [])]:

@@ -17,6 +17,8 @@ from convince.errors import Mistake, nearest
 COMMANDS = {
     "train": "Train a classifier on your data and write a report.",
     "compare": "Try parts against a baseline on your data, with honest statistics.",
+    "models": "List the networks: what they cost and what they reach.",
+    "search": "Look for a network on your data within a budget.",
     "evaluate": "Score a run on data.",
     "predict": "Answer for files with a run.",
     "explain": "Show where a run looks.",

@@ -1,0 +1,1 @@
+"""Search: parts that look for a network inside a budget, and what they stand on."""
