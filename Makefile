@@ -25,6 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/make_parts_page.py
+	$(BIN)/python docs/make_models_pages.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

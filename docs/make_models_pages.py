@@ -1,0 +1,59 @@
+"""Write docs/models.md, the table of networks, and docs/faithfulness.md, our counts beside the published ones; from cards and measured figures alone.
+
+python docs/make_models_pages.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convince.cli.models import recipe
+from convince.models.table import HEAD, SHIPPED, Row, cells, read_store, rows
+from convince.parts import Part, find
+
+HERE = Path(__file__).parent
+
+
+def line(words: list[str]) -> str:
+    return "| " + " | ".join(words) + " |"
+
+
+def models() -> str:
+    store = read_store(SHIPPED)
+    found = rows(store)
+    machine, budget = store["machine"], store["budget"]
+    out = ["# Networks", "", "Written by `make docs` from the cards and from what `convince models --measure` measured.", ""]
+    out += [f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, {store['date']}; {recipe(budget)}.", ""]
+    out += ["Speed: images a second at the size's own side (px), in the layout and by the kernels that a run uses. Memory: the peak of a training step in fp32"]
+    out += ["above what an empty process holds. Multiply-adds: convolutions and matrix products. A star: the file changed since it was measured.", ""]
+    head = list(HEAD)
+    for title, part_of_it in (("For pictures of 28 to 64 pixels", True), ("The papers' own sizes, and larger ones", False)):
+        table = [row for row in found if row.small == part_of_it]
+        columns = head if part_of_it else head[:-2]
+        out += [f"## {title}", "", line(columns), line(["---"] * len(columns)), *(line(cells(row)[: len(columns)]) for row in table), ""]
+    return "\n".join(out)
+
+
+def faithfulness() -> str:
+    store = read_store(SHIPPED)
+    counted = {row.name: row for row in rows(store)}
+    out = ["# Our counts beside the published ones", "", "Written by `make docs` from the cards; conformance holds every line of it against a fresh count.", ""]
+    out += [line(["size", "px", "classes", "parameters", "published", "difference", "multiply-adds", "published", "difference", "why"]), line(["---"] * 10)]
+    for part in find():
+        if isinstance(part, Part):
+            for name, row in part.card.published.items():
+                out.append(line([f"`{name}`", *compared(counted[name], row)]))
+    return "\n".join(out) + "\n"
+
+
+def compared(ours: Row, published: dict) -> list[str]:
+    words = [str(published["size"]), str(published["classes"])]
+    for key, mine in (("parameters", ours.parameters), ("macs", ours.macs)):
+        theirs = published.get(key)
+        words += [f"{mine:,}" if mine else "", f"{theirs:,.0f}" if theirs else "", f"{100 * (mine / theirs - 1):+.2f} %" if mine and theirs else ""]
+    return [*words, published.get("why", "")]
+
+
+if __name__ == "__main__":
+    (HERE / "models.md").write_text(models(), encoding="utf-8")
+    (HERE / "faithfulness.md").write_text(faithfulness(), encoding="utf-8")
