@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,47 @@ def paired(what: str, change: list[float], baseline: list[float]) -> Paired:
 def column(numbers: Numbers, arm: str, metric: str) -> list[float]:
     """One metric of one arm, by seed in order."""
     return [numbers[arm][seed][metric] for seed in sorted(numbers[arm], key=int)]
+
+
+def said(supported: bool, contradicted: bool) -> str:
+    """The verdict of one part of a claim by its two rules."""
+    return "supported" if supported else "contradicted" if contradicted else "inconclusive"
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """The verdict of a claim of several parts: contradicted where one is, supported where all are."""
+    found = set(verdicts)
+    return said(found == {"supported"}, "contradicted" in found)
+
+
+def pooled(data: Any, by: int = 2) -> Any:
+    """The same images with sides ``by`` times smaller, by means of ``by`` x ``by`` pixels."""
+    import dataclasses
+
+    import torch
+    import torch.nn.functional as F
+
+    from convince.data import MemoryStore
+
+    whole = data.x.take(torch.arange(len(data.y))).float()
+    small = F.avg_pool2d(whole, by).round().to(torch.uint8)
+    preprocess = dataclasses.replace(data.preprocess, size=tuple(small.shape[-2:]))
+    return dataclasses.replace(data, x=MemoryStore(small), preprocess=preprocess)
+
+
+def padded(data: Any, side: int) -> Any:
+    """The same images in the middle of black ones of ``side`` pixels."""
+    import dataclasses
+
+    import torch
+    import torch.nn.functional as F
+
+    from convince.data import MemoryStore
+
+    whole = data.x.take(torch.arange(len(data.y)))
+    down, right = (side - have for have in whole.shape[-2:])
+    small = F.pad(whole, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return dataclasses.replace(data, x=MemoryStore(small), preprocess=dataclasses.replace(data.preprocess, size=(side, side)))
 
 
 class Bench:

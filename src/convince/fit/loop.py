@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convince.errors import Mistake
+from convince.errors import Diverged, Mistake
 from convince.fit.randomness import generator, preserved, seed_global
 from convince.fit.run import Run
 from convince.fit.state import load_optimizer, named, read_tree, restore_run, run_state, write_tree
@@ -329,7 +329,7 @@ def _end_epoch(run: Run, stage: Stage, saver: Saver) -> None:
     run.processes.average_buffers(run.model)
     loss, right, rows = run.processes.total(saver.tally).tolist()
     if not math.isfinite(loss):
-        raise Mistake(f"the loss is {loss / rows:g} after epoch {run.epoch + 1} of {stage.name!r}; lower --lr or switch off the part that causes it")
+        raise Diverged(f"the loss is {loss / rows:g} after epoch {run.epoch + 1} of {stage.name!r}; lower --lr or switch off the part that causes it")
     for seat in run.team.seats_with("on_epoch", stage):
         seat.technique.on_epoch(run)
     row = {"kind": "epoch", "stage": stage.name, "epoch": run.epoch, "steps": run.steps_done, "images": run.images}
