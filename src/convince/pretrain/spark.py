@@ -88,7 +88,7 @@ def maps_of(run: Run) -> list[Map]:
             )
         maps.append(Map(name, stride, channels))
     if len(maps) < 2:
-        raise Mistake(f"the network {run.settings.model!r} has maps of {len(maps)} resolutions; this pretext needs two or more: use a resnet")
+        raise Mistake(f"spark: the network {run.settings.model!r} has maps of {len(maps)} resolutions; this pretext needs two or more: use a resnet")
     return maps
 
 
