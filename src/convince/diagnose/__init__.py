@@ -1,0 +1,1 @@
+"""Diagnosis: what a trained network looks at, and what its design made of it."""
