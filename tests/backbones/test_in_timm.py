@@ -66,6 +66,9 @@ def test_maps_of_tokens_and_of_timms_networks():
     tokens = torch.arange(10.0).view(1, 5, 2)
     assert fold(tokens, 2, (2, 2))[0, 0].tolist() == [[2, 4], [6, 8]], "the token before the patches is left out"
     assert fold(torch.zeros(1, 3, 4, 7), 7, (3, 4)).shape == (1, 7, 3, 4)
+    square = torch.arange(8.0).view(1, 2, 2, 2)
+    assert torch.equal(fold(square, 2, (2, 2)), square)
+    assert torch.equal(fold(square, 2, (2, 2), last=True), square.permute(0, 3, 1, 2))
     with pytest.raises(Mistake, match="has no map 'layer9'; did you mean 'layer3'"):
         feature_maps(convince.backbones.builder("resnet8", num_classes=2, in_chans=1, size=(8, 8))(), torch.zeros(1, 1, 8, 8), ("layer9",))
 

@@ -41,6 +41,20 @@ def test_matrix_products_of_attention_are_counted():
     assert count(Tokens(), (6, 4), in_chans=3).macs == 3 * 6 * 6 * 4 * 2
 
 
+def test_an_lstm_is_counted_in_closed_form():
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(8, 5, bidirectional=True, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x.flatten(1, 2))[0]
+
+    net = Rows()
+    assert count(net, (2, 8), in_chans=3).macs == 6 * 2 * (4 * 5 * 8 + 4 * 5 * 5)
+    assert net(torch.zeros(1, 3, 2, 8)).shape == (1, 6, 10), "the layer is put back"
+
+
 def test_the_meta_device_counts_alike():
     from convince.backbones import builder
 

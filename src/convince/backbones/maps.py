@@ -17,14 +17,22 @@ def info(model: nn.Module) -> list[dict[str, Any]]:
     return [] if found is None else list(getattr(found, "info", found))
 
 
-def fold(output: Tensor, channels: int, plane: tuple[int, int]) -> Float[Tensor, "n c h w"]:
-    """A module's output as a map [n c h w]: as it is, from [n h w c], or from tokens [n t c] without those before the patches."""
+def fold(output: Tensor, channels: int, plane: tuple[int, int], last: bool = False) -> Float[Tensor, "n c h w"]:
+    """A module's output as a map [n c h w]: as it is, from [n h w c], or from tokens [n t c] without those before the patches.
+
+    ``last``: the channels stand last where both readings fit.
+    """
     if output.dim() == 4:
-        return output if output.shape[1] == channels else output.permute(0, 3, 1, 2)
+        return output if output.shape[1] == channels and not (last and output.shape[3] == channels) else output.permute(0, 3, 1, 2)
     before = output.shape[1] - plane[0] * plane[1]
     if output.dim() != 3 or before < 0:
         raise ValueError(f"an output of shape {tuple(output.shape)} is no map of {channels} channels on a plane of {plane[0]}x{plane[1]}")
     return output[:, before:].transpose(1, 2).unflatten(2, plane)
+
+
+def channels_last(model: nn.Module) -> bool:
+    """Whether a network of timm's, or one made of it, hands on maps [n h w c]."""
+    return "NHWC" in str(getattr(model, "output_fmt", "")).upper()
 
 
 def feature_maps(model: nn.Module, x: Float[Tensor, "n c h w"], names: Sequence[str] = ()) -> dict[str, Float[Tensor, "n d i j"]]:
@@ -45,7 +53,7 @@ def feature_maps(model: nn.Module, x: Float[Tensor, "n c h w"], names: Sequence[
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             step = rows[name]["reduction"]
-            found[name] = fold(output, rows[name]["num_chs"], (-(-x.shape[2] // step), -(-x.shape[3] // step)))
+            found[name] = fold(output, rows[name]["num_chs"], (-(-x.shape[2] // step), -(-x.shape[3] // step)), channels_last(model))
 
         return hook
 

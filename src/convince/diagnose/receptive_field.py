@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
-from convince.backbones.maps import fold, info
+from convince.backbones.maps import channels_last, fold, info
 from convince.errors import Mistake
 from convince.kinds import Probe, as_found, differentiable
 from convince.parts import Card
@@ -34,12 +34,12 @@ CARD = Card(
 # -- effective receptive field -----------------------------------------------------------------------
 
 
-def last_map(answer: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The module that gives the last feature map of the network inside an answer, and its row of ``feature_info``."""
+def last_map(answer: nn.Module) -> tuple[nn.Module, dict[str, Any], bool]:
+    """The module that gives the last feature map of the network inside an answer, its row of ``feature_info``, and whether channels stand last."""
     for module in answer.modules():
         rows = info(module)
         if rows:
-            return module.get_submodule(rows[-1]["module"]), rows[-1]
+            return module.get_submodule(rows[-1]["module"]), rows[-1], channels_last(module)
     raise Mistake(f"receptive-field: {type(answer).__name__} holds no network that names its feature maps (feature_info); choose another, such as resnet20")
 
 
@@ -54,7 +54,7 @@ def effective_receptive_field(answer: nn.Module, x: Float[Tensor, "n c h w"], ba
         raise Mistake(f"receptive-field looks at images [n c h w], at least one, and the input has shape {tuple(x.shape)}")
     total = x.new_zeros(x.shape[2:], dtype=torch.float64)
     with as_found(answer):
-        module, row = last_map(answer)
+        module, row, last = last_map(answer)
         kept: dict[str, Tensor] = {}
         handle = module.register_forward_hook(lambda m, inputs, output: kept.update(map=output))
         try:
@@ -62,7 +62,7 @@ def effective_receptive_field(answer: nn.Module, x: Float[Tensor, "n c h w"], ba
                 pixels = part.detach().clone().requires_grad_(True)
                 answer(pixels)
                 plane = (-(-x.shape[2] // row["reduction"]), -(-x.shape[3] // row["reduction"]))
-                found = fold(kept.pop("map"), row["num_chs"], plane)
+                found = fold(kept.pop("map"), row["num_chs"], plane, last)
                 middle = found[:, :, found.shape[2] // 2, found.shape[3] // 2].relu().sum()
                 (gradient,) = torch.autograd.grad(middle, pixels, allow_unused=True)
                 if gradient is not None:
