@@ -160,12 +160,11 @@ class Part:
             return get(self.card.of).load()
         module = self.module()
         wanted = plain(self.name)
-        for name, value in vars(module).items():
-            if plain(name) == wanted and (inspect.isclass(value) or inspect.isfunction(value)) and not name.islower():
-                return value
-        for name, value in vars(module).items():
-            if plain(name) == wanted and inspect.isfunction(value):
-                return value
+        own = {name: value for name, value in vars(module).items() if plain(name) == wanted and getattr(value, "__module__", None) == module.__name__}
+        for kind in (inspect.isclass, inspect.isfunction):  # a class and a function may share the part's name
+            for value in own.values():
+                if kind(value):
+                    return value
         raise Mistake(
             f"{self.path}: defines nothing named like its part {self.name!r}; name its class {''.join(word.capitalize() for word in self.name.split('-'))}"
         )

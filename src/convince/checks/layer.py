@@ -16,7 +16,7 @@ from convince.fit.weights import build_by_name, edit_by_name
 from convince.layers.surgery import Surgery
 
 OURS = {MODEL: 8, "conv-stem-vit:dim=16,depth=2,heads=2": 8}
-TIMMS = {"timm/test_resnet": 32, "timm/test_vit": 32, "timm/test_convnext": 32, "timm/test_efficientnet": 32}
+TIMMS = {"timm/test_resnet": 32, "timm/test_vit": 32, "timm/test_convnext": 32, "timm/test_efficientnet": 32, "timm/test_nfnet": 32}
 
 
 def _hosts(s: Subject) -> dict[str, int]:

@@ -41,7 +41,10 @@ class Plan:
         """Move a network to the device, dtype and layout, its depthwise and grouped convolutions in the chosen ways."""
         model = model.to(device=self.device, dtype=self.dtype)
         kernels.install(model, self.kernels)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        for tensor in [*model.parameters(), *model.buffers()] if self.channels_last else ():
+            if tensor.dim() == 4:  # torch's own way refuses a network with weights of five axes
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        return model
 
     def pixels(self, x: Tensor) -> Tensor:
         """uint8 or float input -> [0, 1] (tables: as they are) on the device, in the layout."""

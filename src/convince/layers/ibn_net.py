@@ -26,7 +26,8 @@ CARD = Card(
     departs=(
         "stages=None takes all stages but the last, of however many; the paper's networks have four, and it takes three (variant a) or two (variant b)",
         "variant b puts the instance norm in front of the block's last activation: torchvision's blocks, which have one for all places, are refused",
-        "in a DenseNet, which the paper converts by its dense layers' first norm, all layers of all blocks but the last count as shallow",
+        "in a DenseNet the first norm of every dense layer of all blocks but the last is changed; the released code changes every third, 40 % of it",
+        "appearance_divergence leaves out channels that are silent in either domain, whose divergence has no bound",
     ),
     tiny={},
 )
@@ -43,11 +44,14 @@ class IbnNet(nn.Module):
             raise Mistake(f"ibn-net: ratio={ratio} leaves {self.cut} of {channels} channels to the instance norm; give a ratio that leaves both norms some")
         self.IN = nn.InstanceNorm2d(self.cut, affine=True)
         self.BN = nn.BatchNorm2d(channels - self.cut)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
 
     @staticmethod
     def of(norm: nn.BatchNorm2d, ratio: float) -> IbnNet:
-        """Made from a batch norm: both halves begin with its affine weights, the second with its running statistics."""
+        """Made from a batch norm: both halves begin with its affine weights, the second with its running statistics; an activation inside it stays."""
         made = IbnNet(norm.num_features, ratio)
+        made.drop, made.act = getattr(norm, "drop", made.drop), getattr(norm, "act", made.act)  # timm's BatchNormAct2d
         made.IN.eps = made.BN.eps = norm.eps
         made.BN.momentum = norm.momentum
         with torch.no_grad():
@@ -60,7 +64,7 @@ class IbnNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         a, b = x.split((self.cut, x.shape[1] - self.cut), dim=1)
-        return torch.cat([self.IN(a), self.BN(b)], 1)
+        return self.act(self.drop(torch.cat([self.IN(a), self.BN(b)], 1)))
 
 
 @final
@@ -89,12 +93,12 @@ def install(model: nn.Module, variant: str = "a", ratio: float = 0.5, stages: Se
     refuse_nothing(blocks, model, "ibn-net", "residual blocks with normalisation", "choose a network such as resnet20 or timm/densenet121")
     last = blocks[-1].stage
     chosen = set(range(max(last, 1)) if stages is None else [stage - 1 for stage in stages])
-    if not chosen <= set(range(last + 1)):
-        raise Mistake(f"ibn-net: stages={tuple(stages or ())} must be from 1 to {last + 1}, which {type(model).__name__} has")
+    if not chosen or not chosen <= set(range(last + 1)):
+        raise Mistake(f"ibn-net: stages={tuple(stages or ())} must be some of 1 to {last + 1}, which {type(model).__name__} has")
     if variant == "b":
         return _install_b(model, blocks, chosen if stages is not None else chosen & {0, 1})
     firsts = [block.norms[0] for block in blocks if block.stage in chosen]
-    plain = [(name, norm) for name, norm in firsts if isinstance(norm, nn.BatchNorm2d)]
+    plain = [(name, norm) for name, norm in firsts if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats]
     refuse_nothing(plain, model, "ibn-net", "batch normalisation in its shallow blocks", "choose a network such as resnet20")
     return swap(model, plain, lambda name, norm: IbnNet.of(norm, ratio))  # type: ignore[arg-type]
 
@@ -130,6 +134,9 @@ def _dense_layers(model: nn.Module) -> list[Block]:
     return [Block(n, stages[n.rpartition(".")[0]], m, ((f"{n}.norm1", m.norm1), (f"{n}.norm2", m.norm2))) for n, m in found]
 
 
+SILENT = 1e-12  # variance of a channel's means over images, below which it says nothing
+
+
 def symmetric_kl(mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor) -> Tensor:
     """The divergence of two Gaussians, both ways added (eq. 1 of section 4.3): elementwise, in nats."""
     return ((var_a + (mean_a - mean_b) ** 2) / (2 * var_b) + (var_b + (mean_a - mean_b) ** 2) / (2 * var_a)) - 1
@@ -145,7 +152,11 @@ def appearance_divergence(model: nn.Module, a: Float[Tensor, "n c h w"], b: Floa
 
     means = [{name: f.mean((2, 3)).double() for name, f in feature_maps(model, x, tuple(names or ())).items()} for x in (a, b)]
 
-    def gauss(m: Tensor) -> tuple[Tensor, Tensor]:
-        return m.mean(0), m.var(0).clamp_min(1e-12)
+    def gauss(name: str, alive: Tensor) -> list[Tensor]:
+        return [value[alive] for m in (means[0][name], means[1][name]) for value in (m.mean(0), m.var(0))]
 
-    return {name: float(symmetric_kl(*gauss(means[0][name]), *gauss(means[1][name])).mean()) for name in means[0]}
+    def divergence(name: str) -> float:
+        alive = (means[0][name].var(0) > SILENT) & (means[1][name].var(0) > SILENT)
+        return float(symmetric_kl(*gauss(name, alive)).mean()) if bool(alive.any()) else 0.0
+
+    return {name: divergence(name) for name in means[0]}

@@ -126,7 +126,7 @@ class Selfie(Technique):
     def on_start(self, run: Run) -> None:
         if self.epochs == 0:
             return
-        front = maps_of(run)[-2]
+        front = maps_of(run, "selfie")[-2]
         size = run.data.preprocess.size
         p = patch_of(tuple(size), self.patch)
         rows, columns = [side // p for side in size]

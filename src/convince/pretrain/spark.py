@@ -56,7 +56,7 @@ class Map(NamedTuple):
     channels: int
 
 
-def maps_of(run: Run) -> list[Map]:
+def maps_of(run: Run, who: str = "spark") -> list[Map]:
     """The last map of each resolution, largest first, found by a pass on zeros. A Mistake where sides do not divide.
 
     Only modules at the top, or inside nothing but ``nn.Sequential``, are looked at: what a block does inside is its own affair.
@@ -83,12 +83,12 @@ def maps_of(run: Run) -> list[Map]:
         if (h * stride, w * stride) != size:
             side = max(math.ceil(s / 32) * 32 for s in size)
             raise Mistake(
-                f"the map of {name!r} in {run.settings.model!r} has {h}x{w} places for {size[0]}x{size[1]} pixels: a mask of cells needs sides"
+                f"{who}: the map of {name!r} in {run.settings.model!r} has {h}x{w} places for {size[0]}x{size[1]} pixels: a mask of cells needs sides"
                 f" that divide; use --size {side}, or a --model with fewer halvings"
             )
         maps.append(Map(name, stride, channels))
     if len(maps) < 2:
-        raise Mistake(f"spark: the network {run.settings.model!r} has maps of {len(maps)} resolutions; this pretext needs two or more: use a resnet")
+        raise Mistake(f"{who}: the network {run.settings.model!r} has maps of {len(maps)} resolutions; this pretext needs two or more: use a resnet")
     return maps
 
 
