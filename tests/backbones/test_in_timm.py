@@ -48,7 +48,8 @@ def test_features_only_answers_with_maps():
 
 
 def test_own_parts_are_registered_too(tmp_path, monkeypatch):
-    card = 'CARD = Card(\n    part="slim-resnet",\n    kind="backbone",\n    title="Slim",\n    of="resnet",\n    accepts=("image",),\n    small=("slim-resnet8",),\n'
+    card = 'CARD = Card(\n    part="slim-resnet",\n    kind="backbone",\n    title="Slim",\n    of="resnet",\n    accepts=("image",),\n'
+    card += '    small=("slim-resnet8",),\n'
     (tmp_path / "slim.py").write_text(card + '    variants={"slim-resnet8": {"layers": (1, 1), "widths": (4, 8)}},\n)\n')
     monkeypatch.setattr(parts, "_own", list(parts._own))
     try:

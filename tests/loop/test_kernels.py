@@ -43,7 +43,10 @@ def test_gradients_are_the_librarys(shape, size, stride, padding, dilation):
 def test_second_derivatives_are_right():
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    call = lambda a, b: Depthwise.apply(a, b, (1, 1), (1, 1), (1, 1))
+
+    def call(a, b):
+        return Depthwise.apply(a, b, (1, 1), (1, 1), (1, 1))
+
     assert torch.autograd.gradcheck(call, (x, weight))
     assert torch.autograd.gradgradcheck(call, (x, weight))
 

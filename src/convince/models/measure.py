@@ -17,14 +17,14 @@ from convince.models.table import SETS, read_store, source
 
 BUDGET: dict[str, Any] = {
     "images": 10_000,
-    "epochs": 5,
-    "batch": 128,
+    "epochs": 2,
+    "batch": 64,
     "parts": ["adamw:lr=0.002,weight_decay=0.05"],
     "schedule": "cosine",
     "augment": "auto",
     "seeds": [0, 1, 2],
 }
-SECONDS = 1.0  # that a speed is measured for, at least
+SECONDS = 0.5  # that a speed is measured for, at least
 LIMIT = 300  # seconds that one size's speed may take in all
 Say = Callable[[str], None]
 
