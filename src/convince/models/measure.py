@@ -17,8 +17,8 @@ from convince.models.table import SETS, read_store, source
 
 BUDGET: dict[str, Any] = {
     "images": 10_000,
-    "epochs": 2,
-    "batch": 64,
+    "epochs": 1,
+    "batch": 32,
     "parts": ["adamw:lr=0.002,weight_decay=0.05"],
     "schedule": "cosine",
     "augment": "auto",
@@ -30,7 +30,10 @@ Say = Callable[[str], None]
 
 
 def measure(path: Path, only: tuple[str, ...] = (), say: Say = print, accuracy: bool = True, speed: bool = True) -> dict[str, Any]:
-    """Measure what the table at ``path`` lacks or has of older files, cell by cell; an interrupted measurement goes on."""
+    """Measure what the table at ``path`` lacks or has of older files, cell by cell; an interrupted measurement goes on.
+
+    One seed after the other, so that a table that is not whole yet has fewer seeds of every network, not fewer networks.
+    """
     from convince.fit.folder import environment
     from convince.fit.state import write_atomic
 
@@ -51,7 +54,7 @@ def measure(path: Path, only: tuple[str, ...] = (), say: Say = print, accuracy: 
             kept |= in_its_own_process(name)
             save()
             say(f"{name}: {json.dumps({k: v for k, v in kept.items() if k not in ('source', 'budget')})}")
-    cells = [(name, kind, seed) for name, part in sizes if name in part.card.small for kind in SETS for seed in BUDGET["seeds"]]
+    cells = [(name, kind, seed) for seed in BUDGET["seeds"] for kind in SETS for name, part in sizes if name in part.card.small]
     for name, kind, seed in cells if accuracy else ():
         found = store["rows"][name].setdefault("accuracy", {}).setdefault(kind, {})
         if str(seed) not in found:
