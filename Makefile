@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint models docs clean
 demo: $(VENV)/.ready
 	$(BIN)/convince train
 	@echo "open the report named above in a browser"
@@ -22,6 +22,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt uv
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+models: $(VENV)/.ready
+	$(BIN)/convince models --measure --table src/convince/models/measured.json
+	$(MAKE) docs
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/make_parts_page.py

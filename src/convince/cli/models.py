@@ -69,4 +69,6 @@ def recipe(budget: dict[str, Any]) -> str:
     """The common budget in words."""
     parts = ", ".join(budget["parts"])
     n = len(budget["seeds"])
-    return f"accuracy [%]: {budget['images']:,} training images, {budget['epochs']} epochs, batch {budget['batch']}, {parts}, {n} seeds: mean ± deviation"
+    epochs = f"{budget['epochs']} epoch{'s' * (budget['epochs'] > 1)}"
+    seen = f"{budget['images']:,} training and {budget['tested']:,} test images"
+    return f"accuracy [%]: {seen}, {epochs}, batch {budget['batch']}, {parts}, {n} seeds: mean ± deviation"

@@ -17,6 +17,7 @@ from convince.models.table import SETS, read_store, source
 
 BUDGET: dict[str, Any] = {
     "images": 10_000,
+    "tested": 2_000,
     "epochs": 1,
     "batch": 32,
     "parts": ["adamw:lr=0.002,weight_decay=0.05"],
@@ -78,7 +79,7 @@ def trained(name: str, kind: str, seed: int) -> float:
     from convince.fit.settings import settings
     from convince.fit.train import train
 
-    data = draw(kind, BUDGET["images"], 0, None, seed)
+    data = draw(kind, BUDGET["images"], 0, BUDGET["tested"], seed)
     how = {key: BUDGET[key] for key in ("epochs", "batch", "schedule", "augment")}
     done = train(settings(model=name, parts=tuple(BUDGET["parts"]), seed=seed, **how), data)
     assert done.test is not None
