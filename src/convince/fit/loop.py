@@ -197,6 +197,7 @@ def _train_stage(run: Run, stage: Stage, saver: Saver, progress: Progress | None
         cost.planned = cost.planned or (total if asked is None else asked)
         if stage.steps is not None:
             total, batches = stage.steps, batches[: begin + stage.steps - run.stage_steps]
+        run.stage_length = total
         for step, batch in enumerate(_load(run, stage, batches[begin:], rows.shape[1] if rows.dim() == 2 else 1), begin):
             run.step = step
             _step(run, stage, batch, saver, run.stage_steps / total)

@@ -72,6 +72,7 @@ class Run:
         self.share = 1.0  # of the global batch that this process holds
         self.steps_done = 0  # in all stages
         self.stage_steps = 0  # in this stage
+        self.stage_length = 1  # steps that this stage will have, unless it is stopped
         self.stopped = False
         self.most_steps: int | None = None  # of every stage: a survey does a few of each
         self.meter: Callable[[], float] = time.monotonic  # what a survey reads after each step
