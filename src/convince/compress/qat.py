@@ -184,9 +184,7 @@ class QAT(Technique):
 
     def on_batch(self, run: Run) -> None:
         """What is on at this place of the run; nothing is carried from step to step."""
-        per_epoch = max(len(run.data.split.train) // (run.settings.batch or 64), 1)
-        total = min(per_epoch * run.stage.epochs, run.stage.steps or math.inf)
-        done = (run.epoch * per_epoch + run.step) / max(total, 1)
+        done = run.stage_steps / run.stage_length
         set_phase(run.model, on=done >= self.start_after, watching=done < self.freeze_ranges_after, norms=done < self.freeze_bn_after)
 
     def on_end(self, run: Run) -> None:
