@@ -89,7 +89,7 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
     for name, module in model.named_modules():
         if module is found and isinstance(module, nn.Linear) and name:
             return name, module
-    raise Mistake(f"boosting puts dense layers before a linear head, and {type(model).__name__} has none; choose another --model, gb-trunk is the paper's")
+    raise Mistake(f"gb-cnn and gb-dnn put dense layers before a linear head, and {type(model).__name__} has none; choose another --model, such as gb-trunk")
 
 
 def replace_head(model: nn.Module, head: GrownHead) -> None:

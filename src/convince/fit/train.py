@@ -112,11 +112,12 @@ def resolve(settings: Settings, data: Data) -> tuple[Settings, list[str]]:
 
 
 def ways(settings: Settings, data: Data) -> dict[str, tuple[str, str]]:
-    """How the network's depthwise and grouped convolutions are computed fastest here; all kinds where a layer may bring some."""
+    """How the network's depthwise and grouped convolutions are computed fastest here; all kinds where a part may bring some."""
     plan = precision.choose(settings.precision, data.preprocess.kind)
     if plan.device != "cpu" or settings.model is None:
         return {}
-    if any(parts.get(parts.parse(spec)[0]).card.kind == "layer" for spec in settings.parts):
+    cards = [parts.get(parts.parse(spec)[0]).card for spec in settings.parts]
+    if any(card.kind == "layer" or card.swaps for card in cards):
         return kernels.choose(plan.precision, plan.channels_last)
     build = builder(settings.model, num_classes=data.k, in_chans=data.preprocess.channels, size=data.preprocess.size)
     with preserved(), torch.device("meta"):
