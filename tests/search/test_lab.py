@@ -195,3 +195,19 @@ def test_mistakes_of_the_command(words, message, try_some, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr
     assert not Path(tmp_path / "runs").exists()
+
+
+def test_a_run_outside_of_keep_takes_seconds_too(tmp_path):
+    """Inside of it they are counted once; a run that was kept brings its earlier seconds along."""
+    lab = Lab("resnet", tiny_images(), 1e6, folder=tmp_path)
+    lab.run("resnet8", name="one", epochs=1)
+    alone = lab.seconds
+    assert alone > 0
+    kept = json.loads((tmp_path / "cells.json").read_text())
+    assert kept == {"run one": {"seconds": alone}}
+    lab.keep("two", 0, lambda: lab.run("resnet8", epochs=1).images)
+    row = next(row for name, row in lab._kept.items() if name != "run one")
+    assert lab.seconds == alone + row["seconds"]
+    again = Lab("resnet", tiny_images(), 1e6, folder=tmp_path)
+    again.run("resnet8", name="one", epochs=1)
+    assert again.seconds > alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,13 +56,15 @@ def at_random(search: Search, lab: Lab) -> Find:
 
 
 def beside(search: Search, data: Data, budget: float, *, seed: int = 0, folder: Path | None = None, say: Say | None = None, **usual: Any) -> tuple[Find, Find]:
-    """The search's find and the random search's, in labs of one budget; the random one gets what the search spent, and one trial at least.
+    """The search's find and the random search's, in labs of one budget; the random one gets what the search spent, in whole trials, and one at least.
 
     ``usual`` are settings of every training in the labs (batch, lr, size ...). With ``folder`` an interrupted search goes on.
     """
     labs = [Lab(search.network, data, budget, seed, None if folder is None else folder / name, say, **usual) for name in ("search", "random")]
     found = look(search, labs[0])
-    labs[1].budget = max(found.images, labs[1].of_training(search.trial_epochs))
+    trial = labs[1].of_training(search.trial_epochs)
+    whole = math.ceil(found.images / trial - 1e-6) * trial  # a search that ends a fraction of a look short is not worth a trial less
+    labs[1].budget = max(min(whole, budget), trial)
     return found, at_random(search, labs[1])
 
 

@@ -50,6 +50,7 @@ class Lab:
         self.spent, self.seconds, self.worked = 0.0, 0.0, 0  # worked: results that were not kept from before
         self.trials: list[tuple[dict[str, Any], float]] = []
         self._kept: dict[str, Any] = {}
+        self._timing = False  # within keep, which counts the seconds of all that it calls
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "cells.json").exists():
@@ -83,14 +84,20 @@ class Lab:
         self.charge(images)
         name = hashlib.sha256(json.dumps([key, self.seed, self.network], sort_keys=True, default=list).encode()).hexdigest()[:20]
         if name not in self._kept:
-            began = time.monotonic()
-            value = json.loads(json.dumps(work()))
-            self._kept[name] = {"value": value, "seconds": time.monotonic() - began}
+            began, self._timing = time.monotonic(), True
+            try:
+                value = json.loads(json.dumps(work()))
+            finally:
+                self._timing = False
             self.worked += 1
-            if self.folder is not None:
-                write_atomic(self.folder / "cells.json", json.dumps(self._kept))
+            self._store(name, {"value": value, "seconds": time.monotonic() - began})
         self.seconds += self._kept[name]["seconds"]
         return self._kept[name]["value"]
+
+    def _store(self, name: str, row: dict[str, Any]) -> None:
+        self._kept[name] = row
+        if self.folder is not None:
+            write_atomic(self.folder / "cells.json", json.dumps(self._kept))
 
     def train(self, options: dict[str, Any], epochs: int, **other: Any) -> float:
         """Train the network with these options for ``epochs`` from scratch; its accuracy on the validation part, 0 to 1."""
@@ -109,11 +116,17 @@ class Lab:
 
         With ``name`` and a folder it is kept as a checkpoint, goes on where it was interrupted, and is not trained twice.
         """
+        began = time.monotonic()
         how = {"epochs": 1, "augment": "none", "val": 0.0, "test": 0.0, **self.usual, **other}
         chosen, _ = resolve(settings(model=model, seed=self.seed, **how), self.data)
         made = prepare(chosen, dataclasses.replace(self.data, split=dataclasses.replace(self.data.split, val=self.data.split.val[:0])))
         fit(made, None if name is None or self.folder is None else self.folder / f"{name}.safetensors")
         made.data = self.data
+        if not self._timing:
+            seconds = time.monotonic() - began + self._kept.get(f"run {name}", {"seconds": 0.0})["seconds"]
+            self.seconds += seconds
+            if name is not None:
+                self._store(f"run {name}", {"seconds": seconds})
         return made
 
     def accuracy(self, run: Run, answer: nn.Module | None = None, rows: int | None = None) -> float:
