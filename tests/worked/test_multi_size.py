@@ -62,6 +62,13 @@ def test_a_network_for_one_size_is_refused():
         fit(run)
 
 
+@pytest.mark.parametrize("other", ["cascaded-forward", "mono-forward"])
+def test_a_part_made_for_one_size_is_named_as_the_cause(other):
+    run = Subject(get("multi-size")).run("multi-size:scales=(0.5,)", Subject(get(other)).spec)
+    with pytest.raises(Mistake, match="multi-size: a step on images of 4x4 pixels fails"):
+        fit(run)
+
+
 @pytest.mark.parametrize(("how", "words"), [({"scales": ()}, r"scales=\(\)"), ({"scales": (1.0, 0.0)}, "scales="), ({"draw": "any"}, "draw='any' must be")])
 def test_wrong_options(how, words):
     with pytest.raises(Mistake, match="multi-size: " + words):

@@ -62,6 +62,7 @@ class Layer(Technique):
 
     name: str
     options: dict[str, Any]
+    rank = 40  # before techniques that read the network
 
     def on_start(self, run: Run) -> None:
         run.edit(self.name, **self.options)

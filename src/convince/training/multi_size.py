@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -89,3 +90,15 @@ class MultiSize(Technique):
         scale = at_epoch(tuple(self.scales), run.epoch, self.draw, generator(run.seed, "multi-size", run.stage_number, run.epoch))
         rows, columns = run.batch.x.shape[2:]
         run.batch.x = resized(run.batch.x, sizes((scale,), (rows, columns))[0])
+
+    def around_grad(self, run: Run, grad: Callable[[], None]) -> None:
+        try:
+            grad()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            rows, columns = run.batch.x.shape[2:]
+            if isinstance(error, Mistake) or (rows, columns) == tuple(run.data.preprocess.size):
+                raise
+            raise Mistake(
+                f"multi-size: a step on images of {rows}x{columns} pixels fails ({str(error).splitlines()[0]}); a part beside it is made for one size, "
+                "leave one of the two out"
+            ) from error
