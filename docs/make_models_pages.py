@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convince.cli.models import recipe
 from convince.models.counting import Counts, count_named
-from convince.models.table import HEAD, SHIPPED, cells, read_store, rows
+from convince.models.table import HEAD, SETS, SHIPPED, cells, read_store, rows
 from convince.parts import Part, find
 
 HERE = Path(__file__).parent
@@ -27,6 +27,10 @@ def models() -> str:
     out += [f"{machine['processor']}, {machine['threads']} threads, torch {machine['versions']['torch']}, {store['date']}; {recipe(budget)}.", ""]
     out += ["Speed: images a second at the size's own side (px), in the layout and by the kernels that a run uses. Memory: the peak of a training step in fp32"]
     out += ["above what an empty process holds. Multiply-adds: convolutions and matrix products. A star: the file changed since it was measured.", ""]
+    cells_of = [len(values) for row in found if row.small for values in (row.accuracy.get(name, {}) for name in SETS)]
+    have, want = sum(cells_of), len(cells_of) * len(budget["seeds"])
+    paced = sum(bool(row.speed or row.failed) for row in found)
+    out += [f"Measured so far: the speed of {paced} of {len(found)} sizes, {have} of {want} trainings of small ones; `make models` goes on.", ""]
     head = list(HEAD)
     for title, part_of_it in (("For pictures of 28 to 64 pixels", True), ("The papers' own sizes, and larger ones", False)):
         table = [row for row in found if row.small == part_of_it]
