@@ -195,11 +195,11 @@ def test_the_loop_measures_each_once_and_beats_random():
     def cost(options):
         return stored_bytes(**options)
 
-    seen = linas(SHAPES, measure, cost, 40, 8, generator(1), predicted=400)
-    assert len(seen) == len(calls) == len(set(calls)) == 40
+    seen = linas(SHAPES, measure, cost, 36, 12, generator(1), predicted=400)
+    assert len(seen) == len(calls) == len(set(calls)) == 36
     assert seen[0].genome == (0,) * 9, "the very smallest is always measured"
-    assert sum(np.isnan(one.predicted) for one in seen) == 8
-    rows = SHAPES.plain(SHAPES.drawn(40, generator(2)))
+    assert sum(np.isnan(one.predicted) for one in seen) == 12
+    rows = SHAPES.plain(SHAPES.drawn(36, generator(2)))
     drawn = [Seen(row, quality(o := SHAPES.options(SHAPES.genes(row))), cost(o), 0.0) for row in rows]
     top = max(one.cost for one in [*seen, *drawn])
     areas = [hypervolume([(-one.accuracy, one.cost / top) for one in front(many)], (0, 1)) for many in (seen, drawn)]
