@@ -97,7 +97,8 @@ def convit(
     )
     for layer in layers(model):
         if isinstance(layer, GPSA):
-            layer.rel_indices = offsets(rows, columns)[None]
+            if rows != columns:  # of a square timm makes them in the first pass, and channels_last would scatter ours in memory
+                layer.rel_indices = offsets(rows, columns)[None]
             if init == "random":
                 nn.init.trunc_normal_(layer.v.weight, std=0.02)
                 nn.init.trunc_normal_(layer.pos_proj.weight, std=0.02)
@@ -120,6 +121,8 @@ def gates(model: timms.ConVit) -> Float[Tensor, "l heads"]:
 def attention(layer: GPSA | MHSA, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n heads t t"]:
     """What each head of a block's attention gives to each token, for the block's normalised input: rows sum to 1."""
     if isinstance(layer, GPSA):
+        if layer.rel_indices.shape[1] != x.shape[1]:  # as timm's own forward begins
+            layer.rel_indices = layer.get_rel_indices(x.shape[1])
         return layer.get_attention(x)
     q, k, _ = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return (q @ k.mT * layer.scale).softmax(-1)

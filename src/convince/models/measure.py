@@ -26,7 +26,7 @@ BUDGET: dict[str, Any] = {
     "seeds": [0, 1, 2],
 }
 SECONDS = 0.3  # that a speed is measured for, at least
-LIMIT = 300  # seconds that one size's speed may take in all
+LIMIT = 100  # seconds that one size's speed may take in all
 Say = Callable[[str], None]
 
 
