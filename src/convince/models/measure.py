@@ -53,6 +53,8 @@ def measure(path: Path, only: tuple[str, ...] = (), say: Say = print, accuracy: 
             store["rows"][name] = kept = {"source": source(part), "budget": BUDGET}
         if speed and "speed" not in kept and "failed" not in kept:
             kept |= in_its_own_process(name)
+            if "failed" in kept:  # too slow or too large to run, but not to count
+                kept |= counted(name)
             save()
             say(f"{name}: {json.dumps({k: v for k, v in kept.items() if k not in ('source', 'budget')})}")
     cells = [(name, kind, seed) for seed in BUDGET["seeds"] for kind in SETS for name, part in sizes if name in part.card.small]
@@ -98,22 +100,30 @@ def in_its_own_process(name: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def counted(name: str) -> dict[str, Any]:
+    """The side [pixels], the classes, parameters and multiply-adds of a size, on the meta device."""
+    from convince.backbones import input_size, part_of
+    from convince.models.counting import count_named
+
+    part = part_of(name)
+    assert part is not None, f"{name} is no size of a part"
+    size, classes = input_size(name), part.card.published.get(name, {}).get("classes", 10)
+    counts = count_named(name, num_classes=classes, size=size)
+    return {"size": size[0], "classes": classes, "parameters": counts.parameters, "macs": counts.macs}
+
+
 def speed(name: str) -> dict[str, Any]:
     """Images a second in training and inference, in fp32 and bf16, in the layout and ways that a run uses; the memory of a step."""
     import torch
 
-    from convince.backbones import builder, input_size, part_of
+    from convince.backbones import builder
     from convince.fit import kernels, precision
-    from convince.models.counting import count_named
 
-    part = part_of(name)
-    assert part is not None
-    size = input_size(name)
-    classes = part.card.published.get(name, {}).get("classes", 10)
-    counts = count_named(name, num_classes=classes, size=size)
-    batch = 32 if counts.macs < 0.2e9 else 8 if counts.macs < 2.5e9 else 4 if counts.macs < 8e9 else 2
+    facts = counted(name)
+    classes, size, macs = facts["classes"], (facts["size"], facts["size"]), facts["macs"]
+    batch = 32 if macs < 0.2e9 else 8 if macs < 2.5e9 else 4 if macs < 8e9 else 2
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out: dict[str, Any] = {"size": size[0], "classes": classes, "parameters": counts.parameters, "macs": counts.macs, "batch": batch, "speed": {}}
+    out: dict[str, Any] = {**facts, "batch": batch, "speed": {}}
     formats = ["fp32", *(["bf16"] if precision.choose("auto").precision == "bf16" else [])]
     for form in formats:
         torch.manual_seed(0)
