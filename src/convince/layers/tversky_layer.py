@@ -115,11 +115,11 @@ class Tversky(nn.Module):
         self,
         d_in: int,
         n_features: int,
-        inter: str,
-        diff: str,
-        similarity: str,
-        normalize: bool,
-        init: str,
+        inter: str = "product",
+        diff: str = "ignorematch",
+        similarity: str = "contrast",
+        normalize: bool = False,
+        init: str = "released",
         share_features: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
@@ -160,19 +160,6 @@ class Tversky(nn.Module):
 class TverskySimilarity(Tversky):
     """Likeness of two batches of vectors, [n d] and [m d] -> [n m]; parameters ``n_features d_in + 3``."""
 
-    def __init__(
-        self,
-        d_in: int,
-        n_features: int,
-        inter: str = "product",
-        diff: str = "ignorematch",
-        similarity: str = "contrast",
-        normalize: bool = False,
-        init: str = "released",
-        share_features: nn.Parameter | None = None,
-    ) -> None:
-        super().__init__(d_in, n_features, inter, diff, similarity, normalize, init, share_features)
-
     def forward(self, a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
         return self.compare(a, b)
 
@@ -184,19 +171,8 @@ class TverskyProjection(Tversky):
     Parameters: ``(n_prototypes + n_features) d_in + 3``; two in place of three for the ratio.
     """
 
-    def __init__(
-        self,
-        d_in: int,
-        n_prototypes: int,
-        n_features: int,
-        inter: str = "product",
-        diff: str = "ignorematch",
-        similarity: str = "contrast",
-        normalize: bool = False,
-        init: str = "released",
-        share_features: nn.Parameter | None = None,
-    ) -> None:
-        super().__init__(d_in, n_features, inter, diff, similarity, normalize, init, share_features)
+    def __init__(self, d_in: int, n_prototypes: int, n_features: int, init: str = "released", **how: Any) -> None:
+        super().__init__(d_in, n_features, init=init, **how)
         self.P = nn.Parameter(drawn(n_prototypes, d_in, init, 1.0))
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n p"]:

@@ -184,7 +184,7 @@ class SelfExpanding(Technique):
 
     def on_epoch(self, run: Run) -> None:
         stage = run.stage
-        ends = run.stage_steps >= stage.steps if stage.steps is not None else run.epoch + 1 >= stage.epochs
+        ends = run.stage_steps >= run.stage_length
         self.since = None if self.since is None else self.since + 1
         if ends or run.stopped or stage.targets is not None or stage.objective is not None or run.optimizer is None:
             return
