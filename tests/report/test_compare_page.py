@@ -56,7 +56,8 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
         ([finding()], "cutmix helps"),
         ([finding(), finding("mixup")], "cutmix and mixup help"),
         ([finding(verdict="worse")], "did harm"),
-        ([finding(verdict="equivalent")], "no difference that matters"),
+        ([finding(verdict="equivalent")], "a difference of less than 0.50 points"),
+        ([finding(verdict="equivalent", margin=0.36)], "a difference of less than 36 points"),
         ([finding(verdict="not decided")], "do not decide"),
     ],
 )

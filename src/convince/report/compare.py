@@ -85,7 +85,9 @@ def lede(found: Evidence) -> str:
     if worse:
         return f"On {where}, {join(worse)} did harm, and nothing tried was shown to help."
     if all(f.verdict == "equivalent" for f in found.changes):
-        return f"On {where}, {join([f.change for f in found.changes])} made no difference that matters."
+        scale, word = POINTS[found.unit]
+        margin = max(f.margin for f in found.changes) * scale
+        return f"On {where}, {join([f.change for f in found.changes])} made a difference of less than {margin:.{digits(margin)}f} {word}."
     return f"On {where}, {n} pairs of runs do not decide whether {join([f.change for f in found.changes])} {'help' if len(found.changes) > 1 else 'helps'}."
 
 
