@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from convince.errors import Mistake
-from convince.types import Budget, Explanation, Reading, Schema
+from convince.types import Budget, Explanation, Findings, Schema
 
 if TYPE_CHECKING:
     from convince.search.lab import Lab
@@ -150,11 +150,11 @@ class Predictor(abc.ABC):
 
 
 class Probe(abc.ABC):
-    """Reads an answer on data and returns named numbers with units."""
+    """Reads an answer on data and returns named numbers with units, and figures. Any probe can ride along in training (``--with``)."""
 
     @abc.abstractmethod
-    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> list[Reading]:
-        """The readings; ``x`` [0, 1] pixels, ``y`` class numbers."""
+    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Findings:
+        """Readings and figures; ``x`` [0, 1] pixels, ``y`` class numbers. Equal arguments give equal findings."""
 
 
 @dataclass(frozen=True)

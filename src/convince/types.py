@@ -136,3 +136,45 @@ class Reading:
     name: str
     value: float
     unit: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A figure: named lines (or points, unjoined) over one pair of axes; ``log``: the y axis in powers of ten."""
+
+    title: str
+    x: str
+    y: str
+    series: dict[str, list[tuple[float, float]]]
+    log: bool = False
+    points: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A figure: one bar a name, from zero."""
+
+    title: str
+    unit: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A figure: a heat map of ``values[row][column]``, with a name for each axis."""
+
+    title: str
+    rows: str
+    columns: str
+    values: list[list[float]]
+
+
+Figure = Curves | Bars | Plane
+
+
+@dataclass
+class Findings:
+    """What a probe returns: named numbers, and figures as data, which the report draws."""
+
+    readings: list[Reading]
+    figures: list[Figure] = field(default_factory=list)

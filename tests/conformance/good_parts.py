@@ -293,7 +293,7 @@ from dataclasses import dataclass
 import torch
 from convince.kinds import Probe, as_found
 from convince.parts import Card
-from convince.types import Reading
+from convince.types import Bars, Findings, Reading
 
 CARD = Card(
     part="mean-score",
@@ -309,7 +309,8 @@ class MeanScore(Probe):
     def probe(self, answer, x, y):
         with as_found(answer), torch.no_grad():
             scores = answer(x)
-        return [Reading("mean score", float(scores.mean())), Reading("largest score", float(scores.max()))]
+        readings = [Reading("mean score", float(scores.mean())), Reading("largest score", float(scores.max()))]
+        return Findings(readings, [Bars("Scores", "", {r.name: r.value for r in readings})])
 '''
 
 RECIPE = '''"""Bars: tell bright bars apart, as a recipe."""

@@ -69,6 +69,8 @@ BROKEN = {
     ("compressor", "structure is json"): ('Cut({"name": "fc"})', 'Cut({"name": ("fc",)})'),
     ("compressor", "original is left alone"): ('return Cut({"name": "fc"})', 'answer.model.fc.bias.data.add_(0.1)\n        return Cut({"name": "fc"})'),
     ("probe", "readings are named numbers"): ('Reading("largest score"', 'Reading("mean score"'),
+    ("probe", "there is something to look at"): ('[Bars("Scores", "", {r.name: r.value for r in readings})]', "[]"),
+    ("probe", "riding leaves training alone"): ("scores = answer(x)", "scores = answer(x)\n            next(answer.parameters()).data.mul_(1.01)"),
     ("probe", "answer is left as found"): ("with as_found(answer), torch.no_grad():", "with torch.no_grad():\n            answer.eval()"),
     ("recipe", "schema names its fields"): (', Field("label", "the height of the bar")', ","),
     ("recipe", "sample repeats"): ("return tiny_images()", "import dataclasses\n        d = tiny_images()\n        return dataclasses.replace(d, y=d.y[torch.randperm(48, generator=NOISE)])"),

@@ -65,7 +65,7 @@ def test_bounds_and_scale(m, c, k, factor):
 def test_every_convolution_is_read_or_those_named():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1))
     x, y = torch.zeros(1, 1, 5, 5), torch.zeros(1, dtype=torch.int64)
-    assert len(FilterReport().probe(net, x, y)) == 14
-    assert {r.name.split(":")[0] for r in FilterReport(layers=("2",)).probe(net, x, y)} == {"2"}
+    assert len(FilterReport().probe(net, x, y).readings) == 14
+    assert {r.name.split(":")[0] for r in FilterReport(layers=("2",)).probe(net, x, y).readings} == {"2"}
     with pytest.raises(Mistake, match="filter-report: Sequential has no convolution named 9"):
         FilterReport(layers=("9",)).probe(net, x, y)

@@ -93,7 +93,7 @@ def test_features_of_any_network():
     assert features_of(FrameScattering())[1] == ["layer 0", "layer 1", "layer 2"]
     plain = nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
     assert features_of(plain)[1] == ["scores"]
-    assert len(LipschitzTranslation().probe(plain, images(), torch.zeros(4, dtype=torch.long))) == 2 + 2 * 5
+    assert len(LipschitzTranslation().probe(plain, images(), torch.zeros(4, dtype=torch.long)).readings) == 2 + 2 * 5
 
 
 def test_wrong_options_and_inputs():

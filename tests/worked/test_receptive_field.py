@@ -147,7 +147,7 @@ def test_what_has_no_field_is_refused():
 
 def test_the_probe_reads_area_and_side():
     answer = Convs(nn.Conv2d(1, 1, 5, padding=2, bias=False))
-    readings = ReceptiveField(shares=(9 / 25, 1.0)).probe(answer, torch.rand(2, 1, 10, 10, generator=gen()), torch.zeros(2, dtype=torch.int64))
+    readings = ReceptiveField(shares=(9 / 25, 1.0)).probe(answer, torch.rand(2, 1, 10, 10, generator=gen()), torch.zeros(2, dtype=torch.int64)).readings
     assert [(round(r.value, 4), r.unit) for r in readings] == [(0.09, "share of the image"), (3.0, "pixels"), (0.25, "share of the image"), (5.0, "pixels")]
     with pytest.raises(Mistake, match="must be different numbers above 0"):
         ReceptiveField(shares=(0.5, 0.5))

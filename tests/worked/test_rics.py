@@ -275,16 +275,16 @@ def test_consistency_by_hand() -> None:
 def test_the_probe_reads_eight_neighbours() -> None:
     x, y = noise(20, 14), torch.arange(20) % 4
     net = seeded(Sees)
-    values = {r.name: r.value for r in ShiftConsistency().probe(net, x, y)}
+    values = {r.name: r.value for r in ShiftConsistency().probe(net, x, y).readings}
     assert len(values) == 6
     assert 0 <= values["changed answers, one shift"] <= values["changed answers, worst of 8 shifts"] <= 1
     cyclic = Rics(crop=9, cyclic=True).wrap(net)
-    found = {r.name: r.value for r in ShiftConsistency(kind="cyclic").probe(cyclic, x, y)}
+    found = {r.name: r.value for r in ShiftConsistency(kind="cyclic").probe(cyclic, x, y).readings}
     assert found["changed answers, worst of 8 shifts"] == 0
     assert found["change of the answer's probability"] == 0
     assert found["changed representations, cosine below 0.9"] == 0
     fixed = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(196, 4)))
-    assert len(ShiftConsistency().probe(fixed, x, y)) == 6  # frames of 12 px are enlarged to 14
+    assert len(ShiftConsistency().probe(fixed, x, y).readings) == 6  # frames of 12 px are enlarged to 14
     assert torch.equal(representations(fixed, x), x.flatten(1))
     assert representations(seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 14), nn.Flatten())), x) is None
     for options, said in (({"pixels": 0}, "pixels=0"), ({"kind": "wrap"}, "kind='wrap'"), ({"similar": 2.0}, "similar=2.0")):

@@ -16,12 +16,18 @@ from convince.cli import emit, json_option, parts_option, trust_option
 @parts_option
 @json_option
 def command(run: str, data: str | None, spec: str, images: int, trust: bool, as_json: bool) -> None:
-    """Measure RUN with PART on DATA, or on its own test part."""
+    """Measure RUN with PART on DATA, or on its own test part; numbers and figures go into the run's report."""
+    import torch
+
     from convince import parts
     from convince.cli.runs import data_of, make_of_kind
     from convince.errors import Mistake
     from convince.fit.folder import open_run
+    from convince.report.probes import keep, renew
+    from convince.types import Findings
 
+    if images < 1:
+        raise Mistake(f"--images {images}: must be at least 1")
     loaded = open_run(run, trust=trust)
     name, _ = parts.parse(spec)
     part = parts.get(name)
@@ -29,12 +35,17 @@ def command(run: str, data: str | None, spec: str, images: int, trust: bool, as_
         seat = next((s for s in loaded.run.team.seats if s.name == part.name), None)
         if seat is None or not hasattr(seat.technique, "readings"):
             raise Mistake(f"{name!r} measures while a network trains, and this run was trained without it; use 'convince train --with {name}'")
-        readings = seat.technique.readings(loaded.run)
+        found = Findings(seat.technique.readings(loaded.run))
     else:
         name, probe = make_of_kind(spec, "probe")
-        found, rows = data_of(loaded, data)
-        rows = rows[found.y[rows] >= 0][:images]
-        x = found.float_batch(found.x.take(rows)).to(loaded.plan.device)
-        readings = probe.probe(loaded.answer, x, found.y[rows].to(loaded.plan.device))
-    table = [{"name": r.name, "value": r.value, "unit": r.unit} for r in readings]
-    emit({"run": run, "part": name, "readings": table}, as_json, "\n".join(f"{r.name:<40} {r.value:.5g} {r.unit}" for r in readings))
+        pool, rows = data_of(loaded, data)
+        rows = rows[pool.y[rows] >= 0]
+        rows = rows[torch.linspace(0, len(rows) - 1, min(images, len(rows))).long()]  # evenly through the set, which may be sorted by class
+        x = pool.float_batch(pool.x.take(rows)).to(loaded.plan.device)
+        found = probe.probe(loaded.answer, x, pool.y[rows].to(loaded.plan.device))
+    path = keep(loaded.folder, part.name, part.card.title, found)
+    report = renew(loaded.folder)
+    table = [{"name": r.name, "value": r.value, "unit": r.unit} for r in found.readings]
+    said = {"run": run, "part": name, "readings": table, "file": str(path), "report": None if report is None else str(report)}
+    where = f"{report}#probes" if report is not None else str(path)
+    emit(said, as_json, "\n".join(f"{r.name:<44} {r.value:.5g} {r.unit}".rstrip() for r in found.readings) + f"\n{where}")

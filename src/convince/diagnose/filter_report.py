@@ -14,7 +14,7 @@ from convince.errors import Mistake
 from convince.kinds import Probe
 from convince.layers.surgery import find
 from convince.parts import Card
-from convince.types import Reading
+from convince.types import Curves, Findings, Reading
 
 CARD = Card(
     part="filter-report",
@@ -80,15 +80,16 @@ class FilterReport(Probe):
 
     layers: tuple[str, ...] = ()
 
-    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> list[Reading]:
+    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Findings:
         network = getattr(answer, "model", answer)
         only = (self.layers,) if isinstance(self.layers, str) else self.layers
         found = find(network, types=(nn.Conv2d,), only=only)
         if not found:
             what = f"no convolution named {', '.join(only)}" if only else "no convolution"
             raise Mistake(f"filter-report: {type(network).__name__} has {what}; it reads the filters of a convolutional network such as resnet20")
-        readings = []
-        for name, conv in found:
+        readings: list[Reading] = []
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for depth, (name, conv) in enumerate(found, 1):
             report = filter_report(conv.weight)  # type: ignore[arg-type]
             rows = (
                 ("mean length", report.norm, ""),
@@ -100,4 +101,7 @@ class FilterReport(Probe):
                 ("total variation", report.tv, "of the mean absolute tap"),
             )
             readings += [Reading(f"{name}: {what}", value, unit) for what, value, unit in rows]
-        return readings
+            shares = {"|cosine|": report.cosine, "dead": report.dead, "twins": report.twins, "first comp.": report.first}
+            for what, value in shares.items():
+                curves.setdefault(what, []).append((float(depth), value))
+        return Findings(readings, [Curves("Filters by depth", "convolution", "share", curves)])

@@ -19,7 +19,7 @@ from convince.errors import Mistake
 from convince.fit.randomness import generator
 from convince.kinds import Probe, as_found
 from convince.parts import Card
-from convince.types import Reading
+from convince.types import Curves, Findings, Reading
 
 CARD = Card(
     part="lipschitz-translation",
@@ -143,7 +143,7 @@ class LipschitzTranslation(Probe):
         if not self.noise > 0 or not all(isinstance(s, int) and s >= 1 for s in self.shifts) or not all(b > 0 for b in self.bends):
             raise Mistake(f"lipschitz-translation: shifts={self.shifts}, bends={self.bends}, noise={self.noise}: whole pixels from 1, pixels above 0, above 0")
 
-    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> list[Reading]:
+    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Findings:
         if x.dim() != 4 or len(x) < 2:
             raise Mistake(f"lipschitz-translation looks at images [n c h w], at least two, and the input has shape {tuple(x.shape)}")
         phi, names, normalise = features_of(answer)
@@ -157,8 +157,10 @@ class LipschitzTranslation(Probe):
             ]
             curves = {f"shifted by {s} px": translation_curve(phi, f, (0, s)) for s in self.shifts}
             curves |= {f"bent by {b:g} px": deformation_curve(phi, f, b, generator("lipschitz-translation", "bend")) for b in self.bends}
+        drawn: dict[str, list[tuple[float, float]]] = {}
         for what, curve in curves.items():
+            drawn[what] = [(float(i), float(relative.median())) for i, relative in enumerate(curve.relative, 1)]
             for name, absolute, relative in zip(names, curve.absolute, curve.relative, strict=True):
                 readings.append(Reading(f"{name}: {what}", float(relative.median()), "share"))
                 readings.append(Reading(f"{name}: {what}, of the input", float(absolute.median()), "share of the input's length"))
-        return readings
+        return Findings(readings, [Curves("Change of features by layer", "layer", "share of the layer's features", drawn)])

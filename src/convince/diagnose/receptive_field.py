@@ -14,7 +14,7 @@ from convince.backbones.maps import channels_last, fold, info
 from convince.errors import Mistake
 from convince.kinds import Probe, as_found, differentiable
 from convince.parts import Card
-from convince.types import Reading
+from convince.types import Findings, Plane, Reading
 
 CARD = Card(
     part="receptive-field",
@@ -163,11 +163,11 @@ class ReceptiveField(Probe):
         if not self.shares or len(set(self.shares)) < len(self.shares) or not all(0 < share <= 1 for share in self.shares):
             raise Mistake(f"receptive-field: shares={self.shares} must be different numbers above 0 and at most 1, at least one")
 
-    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> list[Reading]:
+    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Findings:
         scores = readable(effective_receptive_field(answer, x))
         found = []
         for share in self.shares:
             area = erf_area(scores, share)
             found.append(Reading(f"area with {share:g} of the contribution", area.area_ratio, "share of the image"))
             found.append(Reading(f"side with {share:g} of the contribution", area.side, "pixels"))
-        return found
+        return Findings(found, [Plane("Contribution of each pixel to the middle of the last map (log)", "rows", "columns", scores.tolist())])

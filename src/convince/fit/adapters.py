@@ -1,8 +1,9 @@
-"""Adapters: what makes a loss, an optimiser, an augmentation or a layer switchable by ``--with``."""
+"""Adapters: what makes a loss, an optimiser, an augmentation, a layer, a predictor or a probe switchable by ``--with``."""
 
 from __future__ import annotations
 
 import inspect
+import time
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,7 +14,8 @@ from convince import parts
 from convince.errors import Mistake
 from convince.fit.run import Run
 from convince.fit.technique import Seat, Technique
-from convince.types import Batch, Out
+from convince.kinds import Probe
+from convince.types import Batch, Findings, Out
 
 
 @final
@@ -79,6 +81,44 @@ class Predictor(Technique):
         return self.predictor.wrap(answer)
 
 
+@final
+class Riding(Technique):
+    """A probe that measures while a network trains: after an epoch, on training images, and only while it has taken at most SHARE of the time.
+
+    It changes no bit of the training. The first epoch is always measured; which later ones are depends on the clock. ``found``: what it saw last.
+    """
+
+    IMAGES = 512  # evenly through the training part
+    SHARE = 0.05
+    rank = 90  # after parts that change the network at the end of an epoch
+
+    def __init__(self, name: str, probe: Probe) -> None:
+        self.name, self.probe = name, probe
+        self.found: Findings | None = None
+        self.spent, self.began, self.measured = 0.0, 0.0, 0
+
+    def on_start(self, run: Run) -> None:
+        self.spent, self.began, self.measured = 0.0, time.monotonic(), 0
+
+    def on_epoch(self, run: Run) -> None:
+        elapsed = time.monotonic() - self.began
+        cost = self.spent / max(self.measured, 1)
+        if run.rank != 0 or (self.measured and self.spent + cost > self.SHARE * elapsed):
+            return
+        data, rows = run.data, run.data.split.train
+        rows = rows[data.y[rows] >= 0]
+        rows = rows[torch.linspace(0, len(rows) - 1, min(self.IMAGES, len(rows))).long()]
+        before = time.monotonic()
+        with run.aside(), run.plan.autocast():
+            x, y = run.plan.pixels(data.x.take(rows)), data.y[rows].to(run.plan.device)
+            self.found = self.probe.probe(run.answer, x, y)
+        self.spent += time.monotonic() - before
+        self.measured += 1
+        for reading in self.found.readings:
+            run.report(f"{self.name}: {reading.name}", reading.value, reading.unit)
+        run.report(f"{self.name}: overhead", 100 * self.spent / max(time.monotonic() - self.began, 1e-9), "% of the training time")
+
+
 def seat(spec: str) -> Seat:
     """The seat for ``"name:key=value"``: the technique itself, or the adapter of its kind."""
     name, options = parts.parse(spec)
@@ -101,11 +141,13 @@ def _adapt(part: parts.Part, options: dict[str, Any]) -> Technique:
             return Layer(part.name, options)
         case "predictor":
             return Predictor(part.load()(**options))
+        case "probe":
+            return Riding(part.name, part.load()(**options))
     made = part.load()
     if inspect.isclass(made) and issubclass(made, Technique):
         return made(**options)
     command = {"backbone": "--model", "explainer": "convince explain", "attack": "convince attack", "certifier": "convince certify"}
-    command |= {"compressor": "convince compress", "probe": "convince probe", "recipe": "convince train RECIPE", "study": "convince prove"}
+    command |= {"compressor": "convince compress", "recipe": "convince train RECIPE", "study": "convince prove"}
     raise Mistake(
         f"{part.name!r} is of kind {part.card.kind} and cannot be switched on by --with; use {command.get(part.card.kind, 'convince show')} {part.name}"
     )

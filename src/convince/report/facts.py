@@ -172,6 +172,15 @@ class Table(TypedDict, total=False):
     rows: list[dict[str, Cell]]
 
 
+class ProbeFound(TypedDict):
+    """What a probe measured: its readings and figures, as :func:`convince.report.drawings.to_json` has them."""
+
+    part: str
+    title: str
+    readings: list[dict[str, Any]]
+    figures: list[dict[str, Any]]
+
+
 class Facts(TypedDict, total=False):
     """All of it. ``absent`` maps a section's name to the sentence that says why it has no facts."""
 
@@ -191,6 +200,7 @@ class Facts(TypedDict, total=False):
     cost: Cost
     galleries: list[Gallery]
     tables: list[Table]
+    probes: list[ProbeFound]
     environment: dict[str, Cell]
     command: str
     config: dict[str, Any] | str  # settings, or their YAML text
@@ -206,6 +216,7 @@ SECTIONS = {
     "pictures": "No pictures were kept.",
     "cost": "The cost of this run was not measured.",
     "samples": "No part reported readings on single samples.",
+    "probes": "No probe has measured this run; convince probe RUN --with PART does, and writes here.",
     "repeat": "Neither the environment nor the command was kept.",
 }
 # control characters, halves of pairs, and marks that turn the direction of text: "a\\u202egpj.exe" would read as .jpg

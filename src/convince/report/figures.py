@@ -75,13 +75,14 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     as_percent: bool = False,
     log: bool = False,
+    points: bool = False,
     marks: Sequence[tuple[float, str]] = (),
     dot: tuple[float, float] | None = None,
 ) -> str:
     """Lines over a shared axis, each named at its end; NaN and infinity break a line.
 
     ``marks`` are dashed verticals (x, label), ``dot`` rings one point. ``log`` takes a logarithmic
-    y axis and skips numbers that are not positive.
+    y axis and skips numbers that are not positive. ``points`` draws dots in place of lines.
     """
     left, right, top, bottom = 46.0, width - 84, 30.0 if marks else 12.0, height - 32
 
@@ -89,8 +90,8 @@ def line_chart(
         return finite(y) and (y > 0 or not log)
 
     kept = [(s, [(x, y) for x, y in zip(s.x, s.y, strict=True) if usable(y)]) for s in series]
-    points = [p for _, ps in kept for p in ps]
-    if not points:
+    places = [p for _, ps in kept for p in ps]
+    if not places:
         return svg(width, 60, f"{title}: no finite values", _text(0, 34, "no finite values to draw", "axis-name"))
     xs = [x for s in series for x in s.x]
     x0, x1 = min(xs), max(xs)
@@ -98,7 +99,7 @@ def line_chart(
     def level(y: float) -> float:
         return math.log10(y) if log else y
 
-    values = [level(float(y or 0)) for _, y in points]
+    values = [level(float(y or 0)) for _, y in places]
     y0, y1 = (level(y_range[0]), level(y_range[1])) if y_range else _padded(min(values), max(values))
 
     def across(x: float) -> float:
@@ -108,11 +109,11 @@ def line_chart(
         return place(min(max(level(y), y0), y1), y0, y1, bottom, top)
 
     body = [_y_axis(_y_ticks(y0, y1, log, max(3, round((bottom - top) / 36))), up, left, right, as_percent)]
-    whole = [t for t in ticks(x0, x1) if t == round(t)] or [x0]
+    whole = [t for t in ticks(x0, x1) if t == round(t) or x1 - x0 < 3] or [x0]
     body.append(_x_axis(whole, across, bottom, x_label, (left + right) / 2))
     body.append(_marks([(across(x), label) for x, label in marks], top, bottom))
     for s, _ in kept:
-        body.append(_line(s, across, up, usable, as_percent, x_label))
+        body.append(_line(s, across, up, usable, as_percent, x_label, points))
     body.append(_end_names(kept, up, right, top, bottom))
     if dot and usable(dot[1]):
         body.append(f'<circle class="ring" cx="{_n(across(dot[0]))}" cy="{_n(up(dot[1]))}" r="5"/>')
@@ -162,10 +163,10 @@ def _x_axis(at: Sequence[float], across: Any, bottom: float, label: str, middle:
     return "".join(out) + _text(middle, bottom + 30, label, "axis-name", "middle")
 
 
-def _line(s: Series, across: Any, up: Any, usable: Any, as_percent: bool, x_label: str) -> str:
+def _line(s: Series, across: Any, up: Any, usable: Any, as_percent: bool, x_label: str, points: bool) -> str:
     path, pen = [], "M"
     hover = []
-    every = max(1, len(s.x) // 300)
+    every = 1 if points else max(1, len(s.x) // 300)
     for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)):
         if not usable(y):
             pen = "M"
@@ -176,8 +177,8 @@ def _line(s: Series, across: Any, up: Any, usable: Any, as_percent: bool, x_labe
         if i % every == 0 or i == len(s.x) - 1:
             tip = escape(f"{s.name}, {x_label} {x:g}: {_value(y, as_percent)}")
             hover.append(f'<circle class="hit" cx="{px}" cy="{py}" r="6"><title>{tip}</title></circle>')
-    single = "".join(h.replace('class="hit"', f'class="dot {s.tone}"').replace('r="6"', 'r="3"') for h in hover)
-    drawn = single if len(path) == 1 else f'<path class="line {s.tone}" d="{"".join(path)}"/>'
+    dots = "".join(h.replace('class="hit"', f'class="dot {s.tone}"').replace('r="6"', 'r="3"') for h in hover)
+    drawn = dots if points or len(path) == 1 else f'<path class="line {s.tone}" d="{"".join(path)}"/>'
     return drawn + "".join(hover)
 
 

@@ -15,6 +15,7 @@ from convince.errors import Mistake
 from convince.report import figures, units
 from convince.report.facts import SECTIONS, finite, tidy
 from convince.report.pictures import Shown, shown
+from convince.report.probes import probes
 from convince.report.reckon import confused_pairs, matrix, per_class, wilson
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ NAMES = {
     "pictures": "Pictures",
     "cost": "Cost",
     "samples": "Sample by sample",
+    "probes": "What probes found",
     "repeat": "To repeat it",
 }
 
@@ -75,6 +77,7 @@ def view(facts: Mapping[str, Any]) -> dict[str, Any]:
         "pictures": _pictures,
         "cost": _cost,
         "samples": _samples,
+        "probes": probes,
         "repeat": _repeat,
     }
     made = {name: make(f) for name, make in makers.items()}

@@ -18,6 +18,8 @@ from convince.fit.train import Trained
 from convince.report import write_report
 from convince.report.facts import Facts
 from convince.report.overlay import overlay
+from convince.report.probes import keep, kept
+from convince.types import Findings
 
 PICTURES = 8
 
@@ -44,6 +46,7 @@ def facts_of(result: Trained) -> Facts:
         "readings": [{"name": r["name"], "value": r["value"], "unit": r["unit"], "epoch": r["epoch"]} for r in run.record.rows if r["kind"] == "reading"],
         "cost": _cost(result),  # type: ignore[typeddict-item]
         "galleries": _galleries(result),
+        "probes": _probes(result),
         "environment": {k: v for k, v in seen.items() if not isinstance(v, dict) and k != "command"} | seen["versions"],
         "command": seen["command"],
         "config": s.to_yaml(),
@@ -191,6 +194,16 @@ def _galleries(result: Trained) -> list[Any]:
                     {"part": seat.name, "title": seat.card.title, "caption": (type(seat.technique).__doc__ or "").strip().splitlines()[0], "items": items}
                 )
     return found
+
+
+def _probes(result: Trained) -> list[Any]:
+    """What probes that rode along found last, and what was kept in the folder by ``convince probe``."""
+    assert result.folder is not None
+    for seat in result.run.team.seats:
+        found = getattr(seat.technique, "found", None)
+        if isinstance(found, Findings):
+            keep(result.folder, seat.name, seat.card.title, found)
+    return kept(result.folder)
 
 
 def _pixels(x: Tensor) -> list[np.ndarray]:

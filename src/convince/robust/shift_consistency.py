@@ -16,7 +16,7 @@ from convince.fit.precision import full
 from convince.kinds import Probe, as_found
 from convince.parts import Card
 from convince.robust.rics import cyclic_shift, realistic_shift, takes, zero_pad_shift
-from convince.types import Reading
+from convince.types import Bars, Findings, Reading
 
 CARD = Card(
     part="shift-consistency",
@@ -130,7 +130,7 @@ class ShiftConsistency(Probe):
             return found
         return [F.interpolate(frame, size=x.shape[2:], mode="bilinear", align_corners=False) for frame in found]
 
-    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> list[Reading]:
+    def probe(self, answer: nn.Module, x: Tensor, y: Int[Tensor, " n"]) -> Findings:
         if x.dim() != 4:
             raise Mistake(f"shift-consistency shifts images [n c h w], and the input has shape {tuple(x.shape)}")
         with as_found(answer), torch.no_grad():
@@ -153,4 +153,5 @@ class ShiftConsistency(Probe):
         ]
         if changed:
             readings.append(Reading(f"changed representations, cosine below {self.similar:g}", float(torch.stack(changed).mean()), unit))
-        return readings
+        shares = {r.name: r.value for r in readings if r.unit == unit}
+        return Findings(readings, [Bars("Answers under small shifts", unit, shares)])
