@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,25 +56,58 @@ def differentiable(answer: nn.Module, who: str) -> None:
 
 
 class Explainer(abc.ABC):
-    """Says why an answer was given: ``GradCam()(answer, x, target)``."""
+    """Says why an answer was given: ``GradCam()(answer, x, target)``.
+
+    What is explained is always one number a row: the score of a class, or any other column of what the answer gives (a regression's
+    output; a similarity, see :mod:`convince.explain.targets`). A row's map does not depend on the rows beside it: noise and masks are
+    drawn once, by the part's own seed, for all of them.
+    """
+
+    rows: ClassVar[int] = 32  # images at once, where a person asks for many
 
     @abc.abstractmethod
     def explain(self, answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tensor, " n"]) -> Explanation:
-        """The part's own work; ``x`` is a detached copy that requires grad."""
+        """The part's own work; ``x`` is a detached copy. The answer is in eval mode, its weights need no gradient."""
 
     @final
     def __call__(self, answer: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Explanation:
         """Explain the scores of class ``target`` (None: the predicted one) for [0, 1] pixels ``x``."""
+        who = part_name(self)
         with as_found(answer):
+            for p in answer.parameters():
+                p.requires_grad_(False)
             x = x.detach().clone()
-            scores = answer(x)
+            _must_fit(answer, x, who)
+            with torch.no_grad():
+                scores = torch.cat([answer(part) for part in (x[:1] if target is not None else x).split(64)])
             k = scores.shape[1]
             if target is None:
                 target = scores.argmax(1)
             target = torch.as_tensor(target, device=x.device).expand(len(x))
             if bool((target < 0).any() or (target >= k).any()):
-                raise Mistake(f"target={target.tolist()}: the answer has classes 0 to {k - 1}")
-            return self.explain(answer, x.requires_grad_(True), target)
+                raise Mistake(f"{who}: target={target.tolist()}: the answer has classes 0 to {k - 1}")
+            found = self.explain(answer, x.requires_grad_(True), target)
+        if found.map is not None and not bool(torch.isfinite(found.map).all()):
+            bad = (~torch.isfinite(found.map).flatten(1).all(1)).nonzero()[:, 0].tolist()
+            raise Mistake(f"{who}: the map of image {bad[0]} is not finite ({len(bad)} of {len(x)}); look at the scores, and explain with --precision fp32")
+        return found
+
+
+def part_name(made: Any) -> str:
+    """The name of the part that an object is of: its card's, or its class's where the file has none."""
+    card = getattr(sys.modules.get(type(made).__module__), "CARD", None)
+    return str(getattr(card, "part", type(made).__name__))
+
+
+def _must_fit(answer: nn.Module, x: Tensor, who: str) -> None:
+    """Refuse images of another number of channels, by the answer's own normalisation, and values that are no numbers."""
+    mean = getattr(getattr(answer, "normalise", None), "mean", None)
+    if x.dim() < 2 or not len(x):
+        raise Mistake(f"{who}: the input has shape {tuple(x.shape)}; give a batch with at least one image [n c h w], or row [n d]")
+    if mean is not None and mean.dim() == x.dim() and mean.shape[1] not in (1, x.shape[1]):
+        raise Mistake(f"{who}: images have {x.shape[1]} channels, and the answer takes {mean.shape[1]}; convert them (grey is 1, colour 3)")
+    if not bool(torch.isfinite(x).all()):
+        raise Mistake(f"{who}: the input has values that are not finite; pixels are [0, 1]")
 
 
 class Attack(abc.ABC):

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from convince.errors import Mistake
 from convince.explain.grad_cam import GradCam
-from convince.explain.saliency import input_gradient, saliency
+from convince.explain.passes import gradients
+from convince.explain.saliency import saliency
 from convince.kinds import Explainer, differentiable
 from convince.parts import Card
 from convince.types import Explanation
@@ -69,12 +70,12 @@ class guided_relus(TorchFunctionMode):
 
 
 def guided_backprop(answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
-    """The guided gradient of each image's own target score. ``x`` must require grad, the answer be in eval mode.
+    """The guided gradient of each image's own target score. The answer must be in eval mode.
 
     Raises Mistake for an answer without a ReLU: its guided gradient would be the plain one.
     """
     with guided_relus() as relus:
-        gradient = input_gradient(answer, x, target, "guided-backprop")
+        gradient = gradients(answer, x, target, "guided-backprop")
     if not relus.count:
         raise Mistake("guided-backprop changes what ReLUs pass back, and this answer has none; use 'saliency'")
     return gradient

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from convince.explain.grad_cam import must_reach
+from convince.explain.passes import gradients
 from convince.kinds import Explainer, differentiable
 from convince.parts import Card
 from convince.types import Explanation
@@ -21,14 +20,6 @@ CARD = Card(
     year=2013,
     url="https://arxiv.org/abs/1312.6034",
 )
-
-
-def input_gradient(answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"], who: str = "saliency") -> Float[Tensor, "n ..."]:
-    """dY/dx of each image's own target score; ``x`` must require grad and the answer be in eval mode."""
-    scores = answer(x)
-    must_reach(scores, who)
-    (gradient,) = torch.autograd.grad(scores.gather(1, target[:, None]).sum(), x)
-    return gradient
 
 
 def saliency(gradient: Float[Tensor, "n c ..."]) -> Float[Tensor, "n 1 ..."]:
@@ -43,5 +34,5 @@ class Saliency(Explainer):
 
     def explain(self, answer: nn.Module, x: Tensor, target: Int[Tensor, " n"]) -> Explanation:
         differentiable(answer, "saliency")
-        gradient = input_gradient(answer, x, target)
+        gradient = gradients(answer, x, target, "saliency")
         return Explanation(saliency(gradient if gradient.dim() > 2 else gradient[:, None]))
