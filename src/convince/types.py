@@ -7,7 +7,7 @@ the store, uint8 inside it. Scores are logits: their softmax is the probability.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -177,4 +177,4 @@ class Findings:
     """What a probe returns: named numbers, and figures as data, which the report draws."""
 
     readings: list[Reading]
-    figures: list[Figure] = field(default_factory=list)
+    figures: Sequence[Figure] = ()

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
+from convince.explain.passes import chances, scores
+
 STEPS = 16
 
 
@@ -43,6 +45,6 @@ def _area(answer: nn.Module, start: Tensor, end: Tensor, maps: Tensor, target: T
     curve = []
     for step in range(steps + 1):
         moved = rank < round(pixels * step / steps)
-        scores = answer(torch.where(moved, end, start))
-        curve.append(scores.softmax(1).gather(1, target[:, None])[:, 0])
+        found = chances(answer, scores(answer, torch.where(moved, end, start)))
+        curve.append(found.gather(1, target[:, None])[:, 0])
     return torch.trapezoid(torch.stack(curve), dim=0) / steps
