@@ -76,10 +76,29 @@ def theirs(library: str, method: str, answer: nn.Module) -> Callable[[Tensor, Te
     return occluded
 
 
-def seconds(call: Callable[[], Any], images: int) -> float:
+def seconds(call: Callable[[], Any], images: int) -> tuple[float, Any]:
+    """Seconds an image of one call, and what it gave."""
     began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) / images
+    found = call()
+    return (time.perf_counter() - began) / images, found
+
+
+def row(method: str, library: str, spec: str, least: float, answer: nn.Module, x: Tensor, plan: precision.Plan, rounds: int) -> str:
+    """One line of the table: ours and theirs in turn, ``rounds`` times."""
+    name, settings = parts.parse(spec)
+    explainer, reference = parts.make(name, **settings), theirs(library, method, answer)
+    placed, target = plan.pixels(x), torch.zeros(len(x), dtype=torch.int64)
+    exact = explainer(answer, x[:2], target[:2]).map
+    alike = float(rank_correlation(exact, reference(x[:2], target[:2]).detach().float()).min())
+    mine, other, said = [], [], {}
+    for _ in range(rounds):
+        took, found = seconds(lambda: explain_all(explainer, answer, placed, target, plan=plan), len(x))
+        mine.append(took)
+        said = found.table
+        other.append(seconds(lambda: [reference(a, b) for a, b in zip(x.split(BATCH), target.split(BATCH), strict=True)], len(x))[0])
+    ratio = statistics.median(b / a for a, b in zip(mine, other, strict=True))
+    times = f"{1000 * statistics.median(mine):.1f} | {1000 * statistics.median(other):.1f} | {ratio:.1f} | {least:g}"
+    return f"| {method} | {len(x)} | {library} | {times} | {said['precision']} | {said.get('agreement', 1):.4f} | {alike:.4f} |"
 
 
 def main() -> None:
@@ -92,36 +111,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     answer, plan = network(), precision.choose()
     x = torch.rand(given.images, 3, SIDE, SIDE, generator=generator("explain speed"))
-    placed = plan.pixels(x)
-    table = [f"{torch.get_num_threads()} threads, {plan.precision}: {plan.reason}. {given.images} images, {given.slow} where it says so.", ""]
-    table += [
-        "| method | beside | ours, ms an image | theirs | ratio | asked for | format | agrees with our fp32 map | maps alike in fp32 |",
-        "| --- " * 9 + "|",
-    ]
+    table = [f"{plan.precision}: {plan.reason}. The last two columns are rank correlations of maps, the least of the images tried.", ""]
+    heads = ["method", "images", "beside", "ours, ms an image", "theirs", "ratio", "asked for", "format", "agrees with our fp32 map", "ours and theirs in fp32"]
+    table += ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for method, (spec, asked, slow) in CASES.items():
-        name, settings = parts.parse(spec)
-        explainer = parts.make(name, **settings)
-        n = given.slow if slow else given.images
-        some, target = x[:n], torch.zeros(n, dtype=torch.int64)
         for library, least in asked.items():
-            reference = theirs(library, method, answer)
-            alike = float(rank_correlation(explainer(answer, x[:2], target[:2]).map, reference(x[:2], target[:2]).detach().float()).min())
-            mine, other = [], []
-            for _ in range(given.rounds):
-                found = []
-                mine.append(seconds(lambda: found.append(explain_all(explainer, answer, placed[:n], target, plan=plan)), n))
-                other.append(seconds(lambda: [reference(a, b) for a, b in zip(some.split(BATCH), target.split(BATCH), strict=True)], n))
-            said = found[0].table
-            ratio = statistics.median(b / a for a, b in zip(mine, other, strict=True))
-            row = f"| {method}{f' ({n} images)' if slow else ''} | {library} | {1000 * statistics.median(mine):.1f} | {1000 * statistics.median(other):.1f} "
-            row += f"| {ratio:.1f} | {least:g} | {said['precision']} | {said.get('agreement', 1):.4f} | {alike:.4f} |"
-            table.append(row)
-            print(row, file=sys.stderr, flush=True)
+            table.append(row(method, library, spec, least, answer, x[: given.slow if slow else given.images], plan, given.rounds))
+            print(table[-1], file=sys.stderr, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     table.append(f"\nThe whole run, both libraries in it, held {peak:.2f} GB at most.")
     print("\n".join(table))
     if given.write:
-        write("Explanations beside captum and pytorch-grad-cam", table)
+        write("Explanations beside captum and pytorch-grad-cam", "explain_speed.py --write", table)
 
 
 if __name__ == "__main__":
