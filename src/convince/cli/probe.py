@@ -35,7 +35,8 @@ def command(run: str, data: str | None, spec: str, images: int, trust: bool, as_
         seat = next((s for s in loaded.run.team.seats if s.name == part.name), None)
         if seat is None or not hasattr(seat.technique, "readings"):
             raise Mistake(f"{name!r} measures while a network trains, and this run was trained without it; use 'convince train --with {name}'")
-        found = Findings(seat.technique.readings(loaded.run))
+        figures = seat.technique.figures(loaded.run) if hasattr(seat.technique, "figures") else ()
+        found = Findings(seat.technique.readings(loaded.run), figures)
     else:
         name, probe = make_of_kind(spec, "probe")
         pool, rows = data_of(loaded, data)

@@ -36,15 +36,23 @@ def spread(x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
     return (flat.amax(1) - flat.amin(1)).view(-1, *[1] * (x.dim() - 1))
 
 
-def smoothgrad(
-    answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"], noise: Float[Tensor, "s ..."], aggregate: str = "mean"
-) -> Float[Tensor, "n ..."]:
-    """Aggregate dY/dx over ``x + noise_j``: "mean" (SmoothGrad), "square" (SmoothGrad-Squared) or "variance" (VarGrad; Adebayo et al. 2018)."""
+def moments(
+    answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"], noise: Float[Tensor, "s ..."]
+) -> tuple[Float[Tensor, "n ..."], Float[Tensor, "n ..."]]:
+    """Mean and mean square of dY/dx over ``x + noise_j``, the noise as a share of each image's range."""
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for away in noise:
         g = gradients(answer, x + spread(x) * away, target, "smoothgrad")
         first += g / len(noise)
         second += g.square() / len(noise)
+    return first, second
+
+
+def smoothgrad(
+    answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"], noise: Float[Tensor, "s ..."], aggregate: str = "mean"
+) -> Float[Tensor, "n ..."]:
+    """The "mean" of :func:`moments` (SmoothGrad), the mean "square" (SmoothGrad-Squared) or the "variance" (VarGrad; Adebayo et al. 2018)."""
+    first, second = moments(answer, x, target, noise)
     return first if aggregate == "mean" else second if aggregate == "square" else (second - first.square()).clamp_min(0)
 
 

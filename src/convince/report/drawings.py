@@ -13,7 +13,7 @@ import numpy as np
 
 from convince.errors import Mistake
 from convince.report.facts import finite
-from convince.report.figures import Series, clip, line_chart, svg
+from convince.report.figures import CHAR, Series, clip, line_chart, svg
 from convince.report.overlay import colours, normalised
 from convince.report.units import number
 from convince.types import Bars, Curves, Figure, Findings, Plane, Reading
@@ -43,7 +43,9 @@ def _curves(figure: Curves) -> str:
 
 def _bars(figure: Bars) -> str:
     """Lying bars with their names on the left and values at their ends; negative ones go left of zero."""
-    rows, left, right, step = list(figure.values.items()), 190.0, 400.0, 20.0
+    rows, step = list(figure.values.items()), 20.0
+    left = 16 + CHAR * max((len(clip(name, 28)) for name, _ in rows), default=4)
+    right = left + 210
     known = [v for _, v in rows if finite(v)]
     low, high = min([0.0, *known]), max([0.0, *known])
     span = (high - low) or 1.0
@@ -57,7 +59,7 @@ def _bars(figure: Bars) -> str:
         out.append(f'<text class="tick" x="{max(zero, end) + 6:.1f}" y="{top + 11:g}">{number(value)}</text>')
     out.append(f'<line class="base" x1="{zero:.1f}" x2="{zero:.1f}" y1="2" y2="{6 + len(rows) * step:g}"/>')
     words = f"{figure.title}: {len(rows)} bars" + (f" in {figure.unit}" if figure.unit else "")
-    return svg(470, 12 + len(rows) * step, words, "".join(out), "bars")
+    return svg(right + 70, 12 + len(rows) * step, words, "".join(out), "bars")
 
 
 def _plane(figure: Plane) -> str:

@@ -197,10 +197,12 @@ def _galleries(result: Trained) -> list[Any]:
 
 
 def _probes(result: Trained) -> list[Any]:
-    """What probes that rode along found last, and what was kept in the folder by ``convince probe``."""
+    """What probes that rode along found last, what techniques that measure drew, and what was kept in the folder by ``convince probe``."""
     assert result.folder is not None
     for seat in result.run.team.seats:
         found = getattr(seat.technique, "found", None)
+        if hasattr(seat.technique, "figures"):
+            found = Findings(seat.technique.readings(result.run), seat.technique.figures(result.run))
         if isinstance(found, Findings):
             keep(result.folder, seat.name, seat.card.title, found)
     return kept(result.folder)

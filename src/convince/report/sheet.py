@@ -145,7 +145,8 @@ def _line(line: Line) -> dict[str, Any]:
         | {"insertion": decimal(c.insertion, 2), "deletion": decimal(c.deletion, 2)}
         for c in line.cells
     ]
-    return {"image": line.image, "file": line.file, "label": line.label, "probability": percent(line.probability), "target": line.target, "cells": cells}
+    words = {"file": line.file, "name": Path(line.file).name, "label": line.label, "probability": percent(line.probability), "target": line.target}
+    return {"image": line.image, "cells": cells, **words}
 
 
 def _ranked(row: Any, metrics: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +167,9 @@ def _lede(lines: Sequence[Line], ranking: Sequence[Any]) -> str:
         best = max(scored, key=lambda r: r.means["faithfulness"])
         over = best.over_random or (0.0, 0.0)
         if over[0] - over[1] > 0:
-            return f"On these images {best.method} tells most about the answers: {over[0]:.2f} ± {over[1]:.2f} more faithful than a random map."
+            centre = next((r.means["faithfulness"] for r in ranking if r.method == "centre" and r.means), -1.0)
+            but = "" if best.means["faithfulness"] > centre else " A bell in the middle of the picture, which knows nothing of the network, does as well."
+            return f"On these images {best.method} tells most about the answers: {over[0]:.2f} ± {over[1]:.2f} more faithful than a random map.{but}"
         return "On these images no method's maps are shown to be more faithful than a random one."
     n = len(lines)
     return f"Why {n} image{'' if n == 1 else 's'} {'was' if n == 1 else 'were'} answered as {'it was' if n == 1 else 'they were'}."
