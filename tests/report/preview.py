@@ -123,6 +123,18 @@ def digits_facts(epochs: int = 14, seed: int = 0) -> dict[str, Any]:
                 ],
             }
         ],
+        "probes": [
+            {
+                "part": "filter-report",
+                "title": "On filter design in deep convolutional neural network",
+                "readings": [{"name": "conv1: mean length", "value": 0.91, "unit": ""}, {"name": "conv1: dead", "value": 0.0, "unit": "share of filters"}],
+                "figures": [
+                    {"kind": "curves", "title": "Filters by depth", "x": "convolution", "y": "share", "series": {"dead": [[1, 0.0], [2, 0.1]]}},
+                    {"kind": "bars", "title": "Shares", "unit": "", "values": {"dead": 0.1, "twins": 0.3}},
+                    {"kind": "plane", "title": "A map", "rows": "rows", "columns": "columns", "values": [[0.0, 1.0], [2.0, 3.0]]},
+                ],
+            }
+        ],
         "tables": [
             {
                 "part": "forgetting",

@@ -136,6 +136,7 @@ def test_a_missing_section_says_why(digits: dict[str, Any], section: str) -> Non
         "pictures": ("mistakes", "hits"),
         "cost": ("cost",),
         "samples": ("galleries", "tables"),
+        "probes": ("probes",),
         "repeat": ("environment", "command", "config", "weights_sha256"),
     }
     facts = {k: v for k, v in digits.items() if k not in needs[section]}

@@ -102,5 +102,10 @@ def to_json(found: Findings) -> dict[str, Any]:
 
 def from_json(found: Mapping[str, Any]) -> Findings:
     """The reverse of :func:`to_json`; what is not of that form raises KeyError, TypeError or ValueError."""
-    figures = [KINDS[figure["kind"]](**{k: v for k, v in figure.items() if k != "kind"}) for figure in found["figures"]]
+    figures = [KINDS[figure["kind"]](**{k: v for k, v in figure.items() if k != "kind"} | _points(figure)) for figure in found["figures"]]
     return Findings([Reading(**r) for r in found["readings"]], figures)
+
+
+def _points(figure: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no pairs."""
+    return {} if figure["kind"] != "curves" else {"series": {name: [(float(x), float(y)) for x, y in at] for name, at in figure["series"].items()}}
