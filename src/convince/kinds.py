@@ -64,6 +64,7 @@ class Explainer(abc.ABC):
     """
 
     rows: ClassVar[int] = 32  # images at once, where a person asks for many
+    fast: ClassVar[bool] = True  # may be tried in bf16; False where the method works in fp32 whatever it is given
 
     @abc.abstractmethod
     def explain(self, answer: nn.Module, x: Float[Tensor, "n c h w"], target: Int[Tensor, " n"]) -> Explanation:

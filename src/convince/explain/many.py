@@ -44,7 +44,7 @@ def explain_all(
     target = torch.as_tensor(target, device=x.device).expand(len(x))
     said: dict[str, Any] = {"precision": "fp64" if x.dtype == torch.float64 else "fp32"}
     used, context = answer, None
-    if plan is not None and plan.precision == "bf16" and x.dim() == 4 and len(x) >= FEW:
+    if plan is not None and plan.precision == "bf16" and explainer.fast and x.dim() == 4 and len(x) >= FEW:
         with as_found(answer):
             fast = folded(answer, x[:1])
         first = slice(0, TRIED)
