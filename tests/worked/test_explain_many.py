@@ -276,6 +276,8 @@ def test_a_map_that_knows_ranks_above_one_that_does_not() -> None:
     assert best.over_random[0] - best.over_random[1] > 0
     assert best.means["faithfulness"] == pytest.approx(best.means["insertion"] - best.means["deletion"])
     assert best.means["sensitivity"] == 0
+    rows = rank({"knows": Half(True)}, Left(), x, torch.ones(6, dtype=torch.int64), ("entropy",), patience=0.0)
+    assert [(r.method, "more than 0 s; name it by --method" in r.error) for r in rows] == [("knows", True), ("random", True), ("centre", True)]
     with pytest.raises(Mistake, match="did you mean 'insertion'"):
         metric("insertoin")
 

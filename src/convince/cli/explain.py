@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from convince.fit.folder import Loaded
 
 MOST = 64  # images of a sheet
+PATIENCE = 5.0  # seconds for one image, beyond which a ranking of all methods leaves one out
 
 
 @click.command()
 @click.argument("run")
 @click.argument("files", nargs=-1, metavar="[FILE]... | [DATA]")
-@click.option("--method", "methods", multiple=True, metavar="NAME", help="An explainer; repeatable [grad-cam; with --score all that give maps].")
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="An explainer; repeatable [grad-cam; with --score all that give a map in 5 s].")
 @click.option("--target", metavar="CLASS", help="The class to explain [the predicted one].")
 @click.option("--like", metavar="FILE", default=None, help="Explain the likeness to this image in place of a class.")
 @click.option("--score", is_flag=True, help="Rank the methods on DATA, or on the run's own test part.")
@@ -163,6 +164,8 @@ def _rank(
     path: Path,
     as_json: bool,
 ) -> None:
+    import math
+
     import torch
 
     from convince import parts
@@ -193,6 +196,7 @@ def _rank(
         measured,
         plan=loaded.plan,
         other=None if other is None else other.answer,
+        patience=math.inf if methods else PATIENCE,
         progress=lambda text: click.echo(f"scoring {text}", err=True),
     )
     columns = (*measured, "against") if other is not None else measured

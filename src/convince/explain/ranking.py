@@ -69,20 +69,26 @@ def rank(
     *,
     plan: Plan | None = None,
     other: nn.Module | None = None,
+    patience: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """A row a method and two controls, the best ``metrics[0]`` first; methods that cannot serve this answer come last with their reason.
 
     ``other``: a further answer; ``against`` is then the absolute rank correlation of the maps of the two. Metrics that ask the explainer
-    again take the first 8 images.
+    again take the first 8 images. ``patience`` [s]: a method whose first image takes longer is left out, with that reason.
     """
     known = {name: metric(name) for name in metrics}
     tried: dict[str, Explainer] = {**methods, "random": RandomMap(), "centre": CentreMap()}
     rows = []
     for name, explainer in tried.items():
         progress(name)
-        began = time.perf_counter()
         try:
+            began = time.perf_counter()
+            if patience < math.inf and explainer(answer, x[:1], target[:1]).map is not None and time.perf_counter() - began > patience:
+                row = Row(name, error=f"one image takes {time.perf_counter() - began:.0f} s, more than {patience:g} s; name it by --method to have it scored")
+                rows.append(row)
+                continue
+            began = time.perf_counter()
             found = explain_all(explainer, answer, x, target, plan=plan)
         except Mistake as mistake:
             rows.append(Row(name, error=str(mistake)))
