@@ -25,7 +25,7 @@ def insertion(
     answer: nn.Module, x: Float[Tensor, "n c h w"], maps: Float[Tensor, "n 1 h w"], target: Int[Tensor, " n"], steps: int = STEPS
 ) -> Float[Tensor, " n"]:
     """Area under the probability of ``target`` as pixels are put into a blurred picture, most marked first (Petsiuk et al. 2018); 0 to 1, higher is better."""
-    return _area(answer, blurred(x), x, maps, target, steps)
+    return area(answer, blurred(x), x, maps, target, steps)
 
 
 @torch.no_grad()
@@ -33,10 +33,13 @@ def deletion(
     answer: nn.Module, x: Float[Tensor, "n c h w"], maps: Float[Tensor, "n 1 h w"], target: Int[Tensor, " n"], steps: int = STEPS
 ) -> Float[Tensor, " n"]:
     """Area under the probability of ``target`` as pixels are set to 0, most marked first (Petsiuk et al. 2018); 0 to 1, lower is better."""
-    return _area(answer, x, torch.zeros_like(x), maps, target, steps)
+    return area(answer, x, torch.zeros_like(x), maps, target, steps)
 
 
-def _area(answer: nn.Module, start: Tensor, end: Tensor, maps: Tensor, target: Tensor, steps: int) -> Tensor:
+def area(
+    answer: nn.Module, start: Float[Tensor, "n c h w"], end: Float[Tensor, "n c h w"], maps: Float[Tensor, "n 1 h w"], target: Int[Tensor, " n"], steps: int
+) -> Float[Tensor, " n"]:
+    """Area under the chance of ``target`` on the way from ``start`` to ``end``, pixels changed most marked first; ties by place."""
     n, pixels = len(start), maps[0].numel()
     rank = torch.empty_like(maps.reshape(n, -1), dtype=torch.int64)
     order = maps.reshape(n, -1).argsort(dim=1, descending=True, stable=True)
