@@ -84,10 +84,12 @@ def rank(
         progress(name)
         try:
             began = time.perf_counter()
-            if patience < math.inf and explainer(answer, x[:1], target[:1]).map is not None and time.perf_counter() - began > patience:
-                row = Row(name, error=f"one image takes {time.perf_counter() - began:.0f} s, more than {patience:g} s; name it by --method to have it scored")
-                rows.append(row)
-                continue
+            first = explainer(answer, x[:1], target[:1])
+            took = time.perf_counter() - began
+            if first.map is None:
+                raise Mistake(f"{name} gives no map to score")
+            if took > patience:
+                raise Mistake(f"one image takes {took:.0f} s, more than {patience:g} s; name it by --method to have it scored")
             began = time.perf_counter()
             found = explain_all(explainer, answer, x, target, plan=plan)
         except Mistake as mistake:
@@ -95,9 +97,7 @@ def rank(
             continue
         row = Row(name, (time.perf_counter() - began) / len(x), said=found.table)
         rows.append(row)
-        if found.map is None:
-            row.error = f"{name} gives no map to score"
-            continue
+        assert found.map is not None
 
         def maps(model: nn.Module, pixels: Tensor, wanted: Tensor, explainer: Explainer = explainer) -> Tensor:
             again = explainer(model, pixels, wanted).map
