@@ -182,8 +182,8 @@ def _step(name: str, module: nn.Module, source: int, given: Tensor, got: Tensor)
         kind = "flatten"
     elif type(module) is nn.Linear and given.dim() == 2:
         kind, weight, bias = "linear", module.weight, module.bias
-    arrays = [None if t is None else t.detach().double().cpu().numpy() for t in (weight, bias)]
-    return Step(name, kind, source, _array(given), _array(got), *arrays, options)
+    by, plus = (None if t is None else t.detach().double().cpu().numpy() for t in (weight, bias))
+    return Step(name, kind, source, _array(given), _array(got), by, plus, options)
 
 
 def _pair(value: Any) -> tuple[int, int]:

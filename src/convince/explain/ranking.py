@@ -84,9 +84,9 @@ def rank(
         progress(name)
         try:
             began = time.perf_counter()
-            first = explainer(answer, x[:1], target[:1])
+            trial = explainer(answer, x[:1], target[:1])
             took = time.perf_counter() - began
-            if first.map is None:
+            if trial.map is None:
                 raise Mistake(f"{name} gives no map to score")
             if took > patience:
                 raise Mistake(f"one image takes {took:.0f} s, more than {patience:g} s; name it by --method to have it scored")

@@ -200,9 +200,8 @@ def _probes(result: Trained) -> list[Any]:
     """What probes that rode along found last, what techniques that measure drew, and what was kept in the folder by ``convince probe``."""
     assert result.folder is not None
     for seat in result.run.team.seats:
-        found = getattr(seat.technique, "found", None)
-        if hasattr(seat.technique, "figures"):
-            found = Findings(seat.technique.readings(result.run), seat.technique.figures(result.run))
+        part: Any = seat.technique
+        found = Findings(part.readings(result.run), part.figures(result.run)) if hasattr(part, "figures") else getattr(part, "found", None)
         if isinstance(found, Findings):
             keep(result.folder, seat.name, seat.card.title, found)
     return kept(result.folder)
