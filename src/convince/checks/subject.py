@@ -23,7 +23,7 @@ from convince.fit.run import Run
 from convince.fit.settings import Settings, settings
 from convince.fit.train import prepare
 from convince.fit.weights import build_by_name
-from convince.parts import Part, spell
+from convince.parts import Part, find, spell
 from convince.types import Split
 
 MODEL = "resnet:layers=(1,1),widths=(4,8)"
@@ -142,7 +142,13 @@ class Subject:
 
     @functools.cached_property
     def _answer(self) -> nn.Module:
-        return self.fitted(epochs=12).answer.eval()
+        return self.fitted(*self.beside, epochs=12).answer.eval()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Parts that a run must have been trained with for this one to work on its answer: those among what the card expects."""
+        names = {row.name for row in find() if isinstance(row, Part)}
+        return tuple(word for word in self.card.expects if word in names and self.card.kind in ("explainer", "probe"))
 
     def pixels(self, n: int = 6) -> tuple[Tensor, Tensor]:
         """[0, 1] pixels and class numbers."""
@@ -151,6 +157,8 @@ class Subject:
 
     def linear(self) -> nn.Module:
         """An untrained answer with random weights, for what needs none trained."""
+        if self.beside:
+            return self.fitted(*self.beside, epochs=0, seed=1).answer.eval()
         d = self.data
         build = builder(MODEL, num_classes=d.k, in_chans=d.preprocess.channels, size=d.preprocess.size)
         return Answer(Normalise(d.preprocess.mean, d.preprocess.std), build_by_name(build, 0)).eval()
