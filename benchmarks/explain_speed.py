@@ -32,7 +32,7 @@ SIDE, STEPS, WINDOW, STRIDE, BATCH = 224, 50, 32, 16, 32
 CASES: dict[str, tuple[str, dict[str, float], bool]] = {
     "Grad-CAM": ("grad-cam", {"captum": 4, "pytorch-grad-cam": 15}, False),
     f"integrated gradients, {STEPS} steps": (f"integrated-gradients:steps={STEPS}", {"captum": 5}, True),
-    f"occlusion, {WINDOW} px by {STRIDE}": (f"occlusion:window={WINDOW},stride={STRIDE}", {"captum": 5}, True),
+    f"occlusion, {WINDOW} px by {STRIDE}": (f"occlusion:window={WINDOW},stride={STRIDE},masker=black", {"captum": 5}, True),
     "Score-CAM, 512 channels": ("score-cam", {"pytorch-grad-cam": 5}, True),
 }
 
@@ -67,7 +67,7 @@ def theirs(library: str, method: str, answer: nn.Module) -> Callable[[Tensor, Te
     if method.startswith("integrated"):
         made = attr.IntegratedGradients(answer)
         return lambda x, target: made.attribute(x, target=target, n_steps=STEPS, internal_batch_size=BATCH).sum(1, keepdim=True)
-    made = attr.Occlusion(answer)
+    made = attr.Occlusion(lambda x: answer(x).softmax(1))  # the chance, as ours watches
 
     def occluded(x: Tensor, target: Tensor) -> Tensor:
         found = made.attribute(x, sliding_window_shapes=(3, WINDOW, WINDOW), strides=(3, STRIDE, STRIDE), target=target, baselines=0)

@@ -17,7 +17,7 @@ from convince.kinds import Explainer, as_found
 from convince.types import Explanation
 
 AGREE = 0.99  # rank correlation with the fp32 map below which the fast format is not used
-TRIED = 3  # images on which that is found out
+TRIED = 3  # images, at most, on which that is found out; one where there are few, since each costs two explanations
 FEW = 8  # images; fewer are explained in full precision at once
 
 Progress = Callable[[int, int], None]  # images done, of
@@ -35,7 +35,7 @@ def explain_all(
     """What ``explainer(answer, x, target)`` gives, ``explainer.rows`` images at a time.
 
     Under a ``plan`` in bf16, and with at least 8 images, a copy of the answer (batch norms folded into the convolutions before them) is
-    explained in bf16 if the maps of the first three images have a rank correlation of at least 0.99 with those in full precision. The
+    explained in bf16 if the maps of the first one to three images have a rank correlation of at least 0.99 with those in full precision. The
     table says which ("precision") and how well they agreed ("agreement"), and which classes were explained; its other entries are those of the first batch.
     """
     if target is None:
@@ -47,7 +47,7 @@ def explain_all(
     if plan is not None and plan.precision == "bf16" and explainer.fast and x.dim() == 4 and len(x) >= FEW:
         with as_found(answer):
             fast = folded(answer, x[:1])
-        first = slice(0, TRIED)
+        first = slice(0, max(1, min(TRIED, len(x) // FEW)))
         exact = explainer(answer, x[first], target[first]).map
         if exact is not None:
             with plan.autocast():
