@@ -11,10 +11,13 @@ from jaxtyping import install_import_hook
 
 install_import_hook("convince", "shapes.check")  # before anything of convince is imported
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])  # a busy machine is no failure
+hypothesis.settings.load_profile("no clock")
 
 
 @pytest.fixture
