@@ -69,6 +69,8 @@ def test_a_report_gets_what_probes_found_and_keeps_the_rest(tmp_path) -> None:  
     assert text.index("a-probe") < text.index("b-probe")
     assert "Second &lt;title&gt;" in text
     assert "old" not in text
-    assert [row["part"] for row in kept(tmp_path)] == ["a-probe", "b-probe"]
+    assert "foreign.json cannot be read (KeyError)" in text
+    assert "torn.json cannot be read (JSONDecodeError)" in text
+    assert [row["part"] for row in kept(tmp_path)] == ["a-probe", "b-probe", "foreign", "torn"]
     page.write_text("<html>a report of before</html>")
     assert renew(tmp_path) is None

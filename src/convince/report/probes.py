@@ -30,15 +30,17 @@ def keep(run: Path, part: str, title: str, found: Findings) -> Path:
 
 
 def kept(run: Path) -> list[dict[str, Any]]:
-    """What probes have found on this run so far, by name; a file that is not one of these is left out."""
+    """What probes have found on this run so far, by name; a file that cannot be read is told of in place of its findings."""
     rows = []
     for path in sorted((run / "probes").glob("*.json")):
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
             from_json(row)
             rows.append({"part": str(row["part"]), "title": str(row["title"]), "readings": row["readings"], "figures": row["figures"]})
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            rows.append(
+                {"part": path.stem, "title": f"{path.name} cannot be read ({type(error).__name__}); run the probe again", "readings": [], "figures": []}
+            )
     return rows
 
 
