@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from convince.errors import Mistake
 from convince.explain.activation_maximisation import channel_of, feature_maps
 from convince.explain.layer import Layer, find_layer
 from convince.explain.passes import ROWS, gradients
+from convince.explain.relus import passing_back
 from convince.explain.saliency import saliency
 from convince.fit.precision import full
 from convince.kinds import Explainer, differentiable
@@ -36,8 +35,6 @@ CARD = Card(
     ),
 )
 
-CURVED = ("leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "hardswish", "mish", "relu6", "hardtanh")
-
 
 class _Deconv(torch.autograd.Function):
     """ReLU forward; backward ``g * (g > 0)``, whatever came in."""
@@ -51,37 +48,9 @@ class _Deconv(torch.autograd.Function):
         return g.clamp_min(0)
 
 
-class deconv_relus(TorchFunctionMode):
-    """While it is entered, every ReLU, module or function, in place or not, passes back the positive part of a signal, open or shut.
-
-    ``count`` says how many were met, ``others`` which other activations, for which the method has no rule. Nothing is changed in any network.
-    """
-
-    OUT = (F.relu, torch.relu, Tensor.relu)
-    IN = (torch.relu_, Tensor.relu_)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-        self.others: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.OUT and func not in self.IN:
-            name = getattr(func, "__name__", "").rstrip("_")
-            if name in CURVED:
-                self.others.add(name)
-            return func(*args, **kwargs)
-        self.count += 1
-        a = args[0] if args else kwargs["input"]
-        inplace = func in self.IN or kwargs.get("inplace", len(args) > 1 and args[1])
-        out = _Deconv.apply(a)
-        return a.copy_(out) if inplace else out
-
-
 def must_have_relus(answer: nn.Module, x: Float[Tensor, "n ..."]) -> None:
     """Refuse an answer whose signals pass no ReLU (its signal would be the plain gradient) or another activation (no rule)."""
-    with torch.no_grad(), deconv_relus() as relus:
+    with torch.no_grad(), passing_back(_Deconv) as relus:
         answer(x[:1])
     if relus.others:
         raise Mistake(f"deconvnet has a rule for ReLUs only, and this answer has {', '.join(sorted(relus.others))} too; use 'saliency'")
@@ -97,7 +66,7 @@ def deconvnet(answer: nn.Module, x: Float[Tensor, "n c h w"], layer: Layer, chan
     signals, places = [], []
     for pixels in x.split(ROWS // 2):
         part = pixels.detach().requires_grad_(True)
-        with deconv_relus():
+        with passing_back(_Deconv):
             activity = feature_maps(answer, part, layer)[:, channel]
         at = activity.detach().flatten(1).argmax(1)
         strongest = activity.flatten(1).gather(1, at[:, None])[:, 0]
@@ -127,7 +96,7 @@ class Deconvnet(Explainer):
         differentiable(answer, "deconvnet")
         must_have_relus(answer, x)
         if self.layer is None or self.channel is None:
-            with deconv_relus():
+            with passing_back(_Deconv):
                 signal = gradients(answer, x, target, "deconvnet")
             return Explanation(saliency(signal if signal.dim() > 2 else signal[:, None]), {"signal": signal}, {"layer": "scores"})
         layer = find_layer(answer, x, target, self.layer, "deconvnet")

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from convince.errors import Mistake
 from convince.explain.grad_cam import GradCam
 from convince.explain.passes import gradients
+from convince.explain.relus import passing_back
 from convince.explain.saliency import saliency
 from convince.kinds import Explainer, differentiable
 from convince.parts import Card
@@ -45,36 +44,12 @@ class _Guided(torch.autograd.Function):
         return g * (g > 0) * (out > 0)
 
 
-class guided_relus(TorchFunctionMode):
-    """While it is entered, every ReLU, module or function, in place or not, passes back positive signals only.
-
-    ``count`` says how many were met. Nothing is changed in any network.
-    """
-
-    OUT = (F.relu, torch.relu, Tensor.relu)
-    IN = (torch.relu_, Tensor.relu_)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.OUT and func not in self.IN:
-            return func(*args, **kwargs)
-        self.count += 1
-        a = args[0] if args else kwargs["input"]
-        inplace = func in self.IN or kwargs.get("inplace", len(args) > 1 and args[1])
-        out = _Guided.apply(a)
-        return a.copy_(out) if inplace else out
-
-
 def guided_backprop(answer: nn.Module, x: Float[Tensor, "n ..."], target: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
     """The guided gradient of each image's own target score. The answer must be in eval mode.
 
     Raises Mistake for an answer without a ReLU: its guided gradient would be the plain one.
     """
-    with guided_relus() as relus:
+    with passing_back(_Guided) as relus:
         gradient = gradients(answer, x, target, "guided-backprop")
     if not relus.count:
         raise Mistake("guided-backprop changes what ReLUs pass back, and this answer has none; use 'saliency'")
