@@ -30,7 +30,8 @@ def models() -> str:
     cells_of = [len(values) for row in found if row.small for values in (row.accuracy.get(name, {}) for name in SETS)]
     have, want = sum(cells_of), len(cells_of) * len(budget["seeds"])
     paced = sum(bool(row.speed or row.failed) for row in found)
-    out += [f"Measured so far: the speed of {paced} of {len(found)} sizes, {have} of {want} trainings of small ones; `make models` goes on.", ""]
+    rest = "" if (have, paced) == (want, len(found)) else "; `make models` goes on"
+    out += [f"Measured: the speed of {paced} of {len(found)} sizes, {have} of {want} trainings of small ones{rest}.", ""]
     head = list(HEAD)
     for title, part_of_it in (("For pictures of 28 to 64 pixels", True), ("The papers' own sizes, and larger ones", False)):
         table = [row for row in found if row.small == part_of_it]
